@@ -1,0 +1,1 @@
+"""Data: numpy in, numpy out. Nothing here imports jax."""

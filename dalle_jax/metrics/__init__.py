@@ -1,0 +1,1 @@
+"""Metrics: how good pictures are."""

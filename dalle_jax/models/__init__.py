@@ -1,0 +1,1 @@
+"""The models: arrays in, arrays out. A model is a module found by name; see context.py."""

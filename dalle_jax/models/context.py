@@ -1,0 +1,59 @@
+"""What a model's functions receive besides parameters and a batch.
+
+A model is a module of this package that exports
+
+    Config, PRESETS                                      frozen dataclass, named sizes
+    init(config, key) -> params, model_state             float32 arrays; model_state has no gradient
+    axes(config) -> tree like params                     logical axis names, one a dimension
+    batch_spec(config, frozen) -> name: ShapeDtypeStruct of one example
+    loss(params, model_state, batch, ctx) -> terms, metrics, model_state
+    snapshot(params, model_state, batch, ctx) -> arrays for the report
+
+and nothing else is needed to train it: there is no base class and no registry.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Frozen(NamedTuple):
+    """A trained model that another one uses without training it, such as the image tokenizer."""
+
+    module: ModuleType
+    config: Any
+    params: Any
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The identity: where no mesh is given, a logical sharding constraint says nothing."""
+    del axes
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The surroundings of one call of a model's function.
+
+    Attributes:
+      config: the model's own Config.
+      key: PRNG key of this step (and microbatch); None where nothing random happens.
+      step: int32 scalar, updates applied so far; drives the model's own schedules. May be traced.
+      train: whether gradients are taken; a Python bool, static under jit.
+      frozen: name -> Frozen, such as 'image' for the tokenizer. Params may be traced.
+      dtype: what matrix products and convolutions compute in; parameters, the residual stream,
+        softmax and losses stay float32.
+      constrain: (array, logical axes) -> array, pins an activation's sharding on the mesh.
+    """
+
+    config: Any
+    key: jax.Array | None = None
+    step: jax.Array | int = 0
+    train: bool = False
+    frozen: Mapping[str, Frozen] = dataclasses.field(default_factory=dict)
+    dtype: Any = jnp.float32
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained

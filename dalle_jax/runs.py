@@ -1,0 +1,235 @@
+"""A run's directory: lock, resolved config, console, JSON lines, TensorBoard; loading it back.
+
+    <workdir>/config.json      the resolved experiment: `config.resolve` rebuilds it
+              checkpoints/     orbax steps
+              metrics.jsonl    one JSON object a line: kind, step, time, values
+              tensorboard/     the same scalars
+              tokenizer.model  the BPE, where the run reads captions
+              snapshot.npz     arrays of the latest snapshot; report.html the page drawn from it
+              done.json        written last: the run is finished
+"""
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dalle_jax import config as config_lib
+
+# Keys in which a continued run may differ from what its directory was started with.
+FREE_KEYS = ('loop.steps', 'loop.log_every', 'loop.valid_every', 'loop.snapshot_every',
+             'loop.save_every', 'loop.keep', 'data.workers', 'data.path')
+
+
+class RunError(RuntimeError):
+    """A run's directory cannot be used; the message names it and the remedy."""
+
+
+class Run:
+    """The directory of a run in progress, held by a lock that dies with the process."""
+
+    def __init__(self, workdir: str | Path, experiment: config_lib.Experiment):
+        self.path = Path(workdir)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / 'lock', 'w')
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f'{self.path} is in use by another process; wait for it, or give '
+                           'another --workdir') from None
+        self._check(experiment)
+        write_atomic(self.path / 'config.json', config_lib.to_json(experiment))
+        self._metrics = None
+        self._tensorboard = None
+        self._start = time.monotonic()  # moved back by earlier sessions in start_log
+
+    def _check(self, experiment):
+        stored = self.path / 'config.json'
+        if not stored.exists():
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name != 'lock')
+            if strangers:
+                raise RunError(f'{self.path} is not empty (it holds {", ".join(strangers[:5])}) '
+                               'and has no config.json, so it is no run; give another --workdir')
+            return
+        old = read_config(self.path)
+        changed = {key: values for key, values in config_lib.differences(old, experiment).items()
+                   if key not in FREE_KEYS}
+        if changed:
+            listed = '; '.join(f'{key} was {a!r} and is now {b!r}'
+                               for key, (a, b) in list(changed.items())[:6])
+            raise RunError(f'{self.path} holds a run of another experiment: {listed}. Give another '
+                           '--workdir, or start from its parameters with --config.init_from=RUN')
+
+    def start_log(self, step: int) -> None:
+        """Opens the metric files for a run that continues after `step`, dropping later lines."""
+        (self.path / 'done.json').unlink(missing_ok=True)
+        path = self.path / 'metrics.jsonl'
+        kept = [line for line in read_metrics(path) if line['step'] <= step]
+        write_atomic(path, ''.join(json.dumps(line) + '\n' for line in kept))
+        self._start -= kept[-1]['time'] if kept else 0.0
+        self._metrics = open(path, 'a', buffering=1)
+        self._tensorboard_step = step
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line of metrics; non-finite values are kept as JSON's NaN."""
+        values = {name: float(value) for name, value in values.items()}
+        line = {'kind': kind, 'step': step, 'time': round(self.elapsed(), 3), **values}
+        self._metrics.write(json.dumps(line) + '\n')
+        writer = self._writer()
+        for name, value in values.items():
+            writer.add_scalar(f'{kind}/{name}', value, step)
+
+    def _writer(self):
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter
+            self._tensorboard = SummaryWriter(str(self.path / 'tensorboard'),
+                                              purge_step=self._tensorboard_step + 1)
+        return self._tensorboard
+
+    def elapsed(self) -> float:
+        """Seconds of training, earlier sessions of the same run included."""
+        return time.monotonic() - self._start
+
+    def snapshot(self, step: int, arrays: Mapping[str, Any], captions: list[str]) -> None:
+        """Stores the arrays of a snapshot for the report."""
+        path = self.path / 'snapshot.npz'
+        temporary = path.with_suffix('.tmp.npz')
+        np.savez_compressed(temporary, **{name: np.asarray(a) for name, a in arrays.items()})
+        os.replace(temporary, path)
+        write_atomic(self.path / 'snapshot.json', json.dumps({'step': step, 'captions': captions}))
+
+    def finished(self, steps: int) -> bool:
+        """Whether the run has reached this many steps."""
+        done = self.path / 'done.json'
+        return done.exists() and json.loads(done.read_text())['step'] >= steps
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Marks the run as finished."""
+        write_atomic(self.path / 'done.json', json.dumps(dict(facts), indent=2))
+
+    def close(self) -> None:
+        """Closes the files and gives the lock back."""
+        if self._metrics:
+            self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._lock.close()
+
+
+class Loaded(NamedTuple):
+    """A trained run, read from its directory.
+
+    `params` are the averaged parameters where the run keeps averages; `tokenizer` is None for
+    runs without text.
+    """
+
+    path: Path
+    experiment: config_lib.Experiment
+    module: Any
+    config: Any
+    params: Any
+    step: int
+    tokenizer: Any
+
+
+def load(path: str | Path, finished: bool = True) -> Loaded:
+    """Reads a run's config, parameters and tokenizer.
+
+    Args:
+      finished: refuse a run that has not reached its end.
+
+    Raises:
+      RunError: no run there, or it is not finished. CheckpointError: nothing usable saved.
+    """
+    from dalle_jax.training.checkpoint import restore_subtree
+
+    path = Path(path)
+    experiment = read_config(path)
+    if finished and not (path / 'done.json').exists():
+        raise RunError(f'{path} has not finished training; run its train command again, it '
+                       'continues where it stopped')
+    step, trees = restore_subtree(path / 'checkpoints', ('params', 'averages'))
+    return Loaded(path, experiment, config_lib.model_module(experiment.model), experiment.arch,
+                  trees['averages'] or trees['params'], step, load_tokenizer(path))
+
+
+def load_tokenizer(path: str | Path):
+    """The BPE of a run, or None if it has none."""
+    from dalle_jax.data.text import Tokenizer
+
+    file = Path(path) / 'tokenizer.model'
+    return Tokenizer.load(file) if file.exists() else None
+
+
+def read_config(path: str | Path) -> config_lib.Experiment:
+    """The resolved experiment stored in a run's directory.
+
+    Raises:
+      RunError: there is none, or it cannot be read.
+    """
+    file = Path(path) / 'config.json'
+    if not file.exists():
+        raise RunError(f'{path} is not a run: it has no config.json. Train it first, or name the '
+                       '--workdir of a finished training')
+    try:
+        return config_lib.resolve(json.loads(file.read_text()))
+    except (json.JSONDecodeError, config_lib.ConfigError) as error:
+        raise RunError(f'{file} cannot be read: {error}') from error
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    path = Path(path)
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def say(text: str) -> None:
+    """A line on the console, at once."""
+    print(text, file=sys.stdout, flush=True)
+
+
+def start_jax(cpu_devices: int = 1) -> None:
+    """Settings that hold for a whole process, made before jax touches a device.
+
+    Compiled programs are kept in the user's cache directory (XDG_CACHE_HOME), so that a second
+    run of the same experiment starts at once.
+    """
+    import jax
+
+    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'dalle_jax' / 'xla'
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+    if cpu_devices > 1:
+        try:
+            jax.config.update('jax_num_cpu_devices', cpu_devices)
+        except RuntimeError:  # the backend is up; a mesh of the wrong size is reported later
+            pass
+
+
+def compute_dtype(precision: str):
+    """The dtype of matrix products: 'auto' is bfloat16 on TPU and GPU and float32 on CPU."""
+    import jax
+    import jax.numpy as jnp
+
+    if precision == 'auto':
+        precision = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return jnp.dtype(precision)

@@ -1,0 +1,366 @@
+"""Trains a model: python -m dalle_jax.train --config experiments/dalle.py:scenes --workdir DIR.
+
+The same command continues a run that was stopped, bit-exactly. A finished run is named by its
+directory in later stages (config.frozen) and in sample and evaluate.
+"""
+
+import dataclasses
+import logging
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from dalle_jax import config as config_lib
+from dalle_jax import runs
+from dalle_jax.data import sources
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.models.context import Context, Frozen
+from dalle_jax.runs import say
+from dalle_jax.training import partition, step as step_lib
+from dalle_jax.training.checkpoint import Checkpoints, restore_subtree
+from dalle_jax.training.optimizer import path_name
+
+SNAPSHOT_EXAMPLES = 16
+BPE_CAPTIONS = 200_000  # sentencepiece's vocabulary hardly changes beyond this many
+
+
+def run(config, workdir: str) -> dict[str, float] | None:
+    """Trains the experiment to its end, or continues it.
+
+    Args:
+      config: a ConfigDict of an experiment file, or a resolved Experiment.
+      workdir: the run's directory; created, or continued if it holds this experiment.
+
+    Returns:
+      the final validation metrics and facts of the run, as stored in done.json; None if the run
+      was finished already.
+
+    Raises:
+      ConfigError, RunError, CheckpointError: before anything expensive starts.
+    """
+    experiment = config if isinstance(config, config_lib.Experiment) else config_lib.resolve(config)
+    runs.start_jax(experiment.cpu_devices)
+    model = config_lib.model_module(experiment.model)
+
+    # -- what the run stands on: frozen runs, data, tokenizer --------------------------------
+    loaded = {role: runs.load(path) for role, path in experiment.frozen.items() if path}
+    frozen = {role: Frozen(r.module, r.config, r.params) for role, r in loaded.items()
+              if role == 'image'}
+    source = sources.open_source(experiment.data, experiment.data.train_split)
+    valid_source = sources.open_source(experiment.data, experiment.data.valid_split)
+    needs_text = 'text' in model.batch_spec(experiment.arch, frozen)
+    tokenizer = _tokenizer(experiment, loaded, source, workdir) if needs_text else None
+    if hasattr(model, 'fit'):
+        experiment = dataclasses.replace(experiment, arch=model.fit(
+            experiment.arch, text_vocab=tokenizer.vocab_size,
+            image_tokenizer_config=frozen['image'].config if frozen else None))
+    log = runs.Run(workdir, experiment)
+    try:
+        if log.finished(experiment.loop.steps):
+            say(f'{workdir} is finished')
+            return None
+        if tokenizer:
+            tokenizer.save(log.path / 'tokenizer.model')
+        return _train(experiment, model, frozen, source, valid_source, tokenizer, log)
+    finally:
+        log.close()
+
+
+def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
+    loop = experiment.loop
+    name = f'{experiment.model} {log.path}'
+
+    # -- pipelines: a batch is a pure function of seed and step ------------------------------
+    spec = model.batch_spec(experiment.arch, frozen)
+    pipeline = _pipeline(experiment, source, spec, tokenizer, train=True)
+    valid = _pipeline(experiment, valid_source, spec, tokenizer, train=False)
+    valid_batches = max(1, min(loop.valid_batches, len(valid_source) // valid.batch_size))
+
+    # -- mesh and state. Restore order: 1 this run's newest checkpoint, 2 init_from, 3 random -
+    mesh = partition.make_mesh(experiment.mesh)
+    task = step_lib.Task(model, experiment.arch, experiment.optimizer, loop.microbatches,
+                         runs.compute_dtype(experiment.precision), loop.prng,
+                         partition.constrainer(mesh))
+    abstract = jax.eval_shape(lambda: step_lib.init_state(task, experiment.seed))
+    placed = partition.shardings(model.axes(experiment.arch), abstract.params, mesh)
+    placed = partition.like_params(abstract, placed, abstract.params, mesh)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                            abstract, placed)
+    checkpoints = Checkpoints(log.path / 'checkpoints', keep=loop.keep)
+    restored = checkpoints.restore(abstract)
+    if restored:
+        first, state = restored
+        say(f'{name}: continues after step {first}')
+    else:
+        first = 0
+        state = jax.jit(lambda: step_lib.init_state(task, experiment.seed),
+                        out_shardings=placed)()
+        if experiment.init_from:
+            state = _init_from(state, experiment.init_from, task)
+        if hasattr(model, 'prepare'):
+            state = _prepare(state, model, task, pipeline, name)
+    frozen_params = {role: jax.device_put(f.params, partition.replicated(mesh))
+                     for role, f in frozen.items()}
+    frozen_static = tuple((role, f.module, f.config) for role, f in frozen.items())
+    train = step_lib.make_train(task, state)
+    validate = step_lib.make_validate(task)
+    log.start_log(first)
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    say(f'{name}: {count:,} parameters, {len(source):,} training records, {mesh.size} device(s), '
+        f'steps {first}..{loop.steps} of batch {experiment.data.batch_size}')
+
+    # -- the work that happens now and then --------------------------------------------------
+    def run_validation(step):
+        params, total = step_lib.best_params(state), None
+        for i in range(valid_batches):
+            batch = partition.put_batch(valid.batch(i), mesh)
+            sums = validate(params, state.model_state, batch, state.updates, frozen_params,
+                            frozen_static)
+            total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+        values = {k: float(v) for k, v in step_lib.means(*_mean_weights(
+            jax.device_get(total), valid_batches)).items()}
+        log.log('valid', step, values)
+        say(f'{name}: validation at {step}: {_brief(values)}')
+        return values
+
+    def take_snapshot(step):
+        batch = {k: v[:SNAPSHOT_EXAMPLES] for k, v in valid.batch(0).items()}
+        ctx = Context(experiment.arch, jax.random.key(0), state.updates, False,
+                      step_lib.bind(frozen_static, frozen_params), task.dtype)
+        arrays = model.snapshot(step_lib.best_params(state), state.model_state, batch, ctx)
+        captions = [tokenizer.decode(row) for row in batch['text']] if 'text' in batch else []
+        log.snapshot(step, arrays, captions)
+        _write_page(log.path)
+
+    # -- the loop ----------------------------------------------------------------------------
+    progress = _Progress(name, first, loop.steps, loop.group, experiment.data.batch_size)
+    stop = _StopSignal()
+    window, pending, values = [], None, {}
+    batches = pipeline.prefetch(first, loop.steps, group=loop.group,
+                                workers=experiment.data.workers)
+    for step, batch in batches:
+        done = step + loop.group
+        state, metrics = train(state, partition.put_batch(batch, mesh, stacked=True),
+                               frozen_params, frozen_static)
+        if step == first:
+            jax.block_until_ready(metrics)
+            progress.start()
+        window.append(metrics)
+        if pending:  # fetched one dispatch late, so that the device never waits for the host
+            _log_window(log, progress, *pending, batches)
+            pending = None
+        if done % loop.log_every == 0 or done == loop.steps:
+            pending, window = (done, window), []
+        last = done == loop.steps or stop.requested
+        due = {what: last or every and done % every == 0 for what, every in (
+            ('valid', loop.valid_every), ('snapshot', loop.snapshot_every),
+            ('save', loop.save_every))}
+        if any(due.values()) and pending:
+            _log_window(log, progress, *pending, batches)
+            pending = None
+        with progress.paused():
+            if due['valid']:
+                values = run_validation(done)
+            if due['snapshot']:
+                take_snapshot(done)
+            if due['save']:
+                checkpoints.save(done, state)
+        if stop.requested:
+            break
+    checkpoints.close()
+    stop.restore()
+    if stop.requested and done < loop.steps:
+        say(f'{name}: stopped by a signal after step {done}; everything is saved, the same '
+            'command continues')
+        raise SystemExit(143)
+    if first >= loop.steps:  # restored after its last step: everything is there but the marker
+        values = run_validation(first)
+        take_snapshot(first)
+    facts = {'step': loop.steps, 'seconds': log.elapsed(), 'parameters': count,
+             **_problems(pipeline), **values}
+    log.finish(facts)
+    say(f'{name}: finished in {_clock(log.elapsed())}; see {log.path}/report.html')
+    return facts
+
+
+def _pipeline(experiment, source, spec, tokenizer, train):
+    data = experiment.data
+    return Pipeline(
+        source, batch_size=data.batch_size, seed=experiment.seed,
+        image_size=(train and data.image_size) or spec['image'].shape[0],
+        text_length=spec['text'].shape[0] if 'text' in spec else None, tokenizer=tokenizer,
+        crop=data.crop if train else data.valid_crop,
+        bpe_dropout=data.bpe_dropout if train else 0.0, shuffle=train,
+        process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def _tokenizer(experiment, loaded, source, workdir):
+    """The BPE: this run's own if it is already there, another run's, or trained now."""
+    from dalle_jax.data.text import Tokenizer
+
+    stored = runs.load_tokenizer(workdir)
+    if stored:
+        return stored
+    if 'text' in loaded:
+        if loaded['text'].tokenizer is None:
+            raise runs.RunError(f"frozen.text={experiment.frozen['text']!r} is a run without a "
+                                'tokenizer; name a run that was trained on captions')
+        return loaded['text'].tokenizer
+    started = time.monotonic()
+    tokenizer = Tokenizer.train(sources.captions(source, BPE_CAPTIONS), experiment.text_vocab)
+    say(f'BPE: {tokenizer.vocab_size} pieces from the training captions in '
+        f'{time.monotonic() - started:.1f} s')
+    return tokenizer
+
+
+def _init_from(state, path, task):
+    """Starts from another run's parameters; whatever does not fit stays random and is named."""
+    _, trees = restore_subtree(f'{path}/checkpoints', ('params', 'averages'))
+    donor = {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(
+        trees['averages'] or trees['params'])[0]}
+    kept = []
+
+    def one(path, mine):
+        theirs = donor.pop(path_name(path), None)
+        if theirs is None or theirs.shape != mine.shape:
+            kept.append(path_name(path))
+            return mine
+        return jax.device_put(theirs, mine.sharding)
+
+    params = jax.tree_util.tree_map_with_path(one, state.params)
+    say(f'parameters from {path}; not in it or of another shape: {", ".join(kept) or "none"}; '
+        f'in it but not used: {", ".join(donor) or "none"}')
+    return step_lib.fresh_state(task, params, state.model_state,
+                                jax.random.wrap_key_data(state.key, impl=task.prng))
+
+
+def _prepare(state, model, task, pipeline, name):
+    """The model's data-driven initialisation, where it has one."""
+    started = time.monotonic()
+    params, facts = model.prepare(state.params, task.config, pipeline.images(0),
+                                  jax.random.key(0))
+    if facts:
+        say(f'{name}: prepared in {time.monotonic() - started:.1f} s: {_brief(facts)}')
+    return step_lib.fresh_state(task, params, state.model_state,
+                                jax.random.wrap_key_data(state.key, impl=task.prng))
+
+
+def _mean_weights(sums, batches):
+    """Weights of terms are no sums; undo their addition over batches."""
+    terms, metrics = sums
+    return {k: t._replace(weight=t.weight / batches) for k, t in terms.items()}, metrics
+
+
+def _log_window(log, progress, step, window, batches):
+    values = {name: np.concatenate([np.atleast_1d(jax.device_get(m[name])) for m in window]).mean()
+              for name in window[0]}
+    values |= progress.rates(step, batches.wait_seconds)
+    log.log('train', step, values)
+    say(progress.line(step, values))
+    for name, value in values.items():
+        if name.startswith('alarm/') and value > 0:
+            logging.warning('%s at step %d: %s', progress.name, step, name)
+
+
+class _Progress:
+    """Speed and time left, not counting compilation, validation and saving."""
+
+    def __init__(self, name, first, last, group, batch_size):
+        self.name, self.step, self.last, self.batch_size = name, first, last, batch_size
+        self._group = group
+        self._mark, self._aside, self._wait = time.monotonic(), 0.0, 0.0
+        self._rate = None
+
+    def start(self):
+        """Called when the first dispatch, which compiles, is done."""
+        say(f'{self.name}: compiled and ran the first step in '
+            f'{time.monotonic() - self._mark:.1f} s')
+        self._mark, self.step = time.monotonic(), self.step + self._group
+
+    def paused(self):
+        return _Aside(self)
+
+    def rates(self, step, wait_seconds):
+        now = time.monotonic()
+        busy = max(now - self._mark - self._aside, 1e-9)
+        rate = (step - self.step) / busy
+        waited = (wait_seconds - self._wait) / busy
+        self.step, self._mark, self._aside, self._wait, self._rate = step, now, 0.0, wait_seconds, rate
+        return {'steps_per_s': rate, 'examples_per_s': rate * self.batch_size,
+                'data_wait': waited}
+
+    def line(self, step, values):
+        left = (self.last - step) / self._rate
+        return (f'{self.name}: step {step}/{self.last}  {_brief(values)}  '
+                f'{values["examples_per_s"]:.0f} examples/s  wait {values["data_wait"]:.1%}  '
+                f'left {_clock(left)}')
+
+
+class _Aside:
+    """Time within this block does not count as training speed."""
+
+    def __init__(self, progress):
+        self._progress = progress
+
+    def __enter__(self):
+        self._start = time.monotonic()
+
+    def __exit__(self, *_):
+        self._progress._aside += time.monotonic() - self._start
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT ask for a save and a clean end; a second one kills as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        del frame
+        self.requested = True
+        signal.signal(number, self._previous[number])
+
+    def restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _problems(pipeline):
+    return {}
+
+
+def _write_page(path):
+    from dalle_jax import report
+    report.write(path / 'report.html', report.run_page(path))
+
+
+def _brief(values):
+    quiet = ('steps_per_s', 'examples_per_s', 'data_wait', 'skipped', 'learning_rate')
+    return '  '.join(f'{k} {v:.4g}' for k, v in values.items()
+                     if k not in quiet and not k.startswith('alarm/'))
+
+
+def _clock(seconds):
+    seconds = int(seconds)
+    return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected argument {argv[1]!r}')
+    run(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == '__main__':
+    CONFIG = config_lib.define_flag()
+    WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
+    flags.mark_flags_as_required(['config', 'workdir'])
+    app.run(main)

@@ -1,0 +1,1 @@
+"""Training: the step, its optimiser, the mesh, checkpoints."""

@@ -1,0 +1,129 @@
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.models.context import unconstrained
+from dalle_jax.models.losses import Term
+from dalle_jax.training import step as lib
+from dalle_jax.training.optimizer import OptimizerConfig
+
+B = 8
+
+
+def linear_loss(params, model_state, batch, ctx):
+    """Weighted squared error whose count depends on the batch, with a second, constant term."""
+    error = (batch['x'] @ params['w'] - batch['y']) ** 2 * batch['mask']
+    terms = {'fit': Term(error.sum(), batch['mask'].sum(), 0.75),
+             'size': Term((params['w'] ** 2).sum() * len(error), float(len(error)), 0.25)}
+    metrics = {'seen': (batch['mask'].sum(), 1.0)}
+    if ctx.train:
+        metrics['noise'] = (jax.random.uniform(ctx.key), 1.0)
+    return terms, metrics, model_state
+
+
+MODEL = SimpleNamespace(
+    loss=linear_loss, init=lambda config, key: ({'w': jax.random.normal(key, (3,))}, {}))
+
+
+def task(**changes):
+    base = lib.Task(MODEL, None, OptimizerConfig(peak_lr=0.1, schedule='constant',
+                                                 average_decay=0.9),
+                    1, jnp.float32, 'threefry2x32', unconstrained)
+    return base._replace(**changes)
+
+
+def batch(seed):
+    rng = np.random.default_rng(seed)
+    return {'x': rng.normal(size=(B, 3)).astype(np.float32),
+            'y': rng.normal(size=B).astype(np.float32),
+            'mask': (np.arange(B) % 3 > 0).astype(np.float32)}
+
+
+def stack(*batches):
+    return jax.tree.map(lambda *a: np.stack(a), *batches)
+
+
+def run(t, batches, state=None):
+    state = lib.init_state(t, 0) if state is None else state
+    return lib.make_train(t, state)(state, batches, {}, ())
+
+
+def test_gradient_is_that_of_the_weighted_means():
+    t = task(optimizer=OptimizerConfig(peak_lr=0.1, schedule='constant', clip=0.0))
+    w = np.asarray(lib.init_state(t, 0).params['w'], np.float64)
+    b = batch(0)
+    error = b['x'] @ w - b['y']
+    expected = (0.75 * 2 * (b['mask'] * error) @ b['x'] / b['mask'].sum() + 0.25 * 2 * w)
+    _, metrics = run(t, stack(b))
+    np.testing.assert_allclose(metrics['gradient_norm'][0], np.linalg.norm(expected), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics['loss'][0],
+        0.75 * (b['mask'] * error ** 2).sum() / b['mask'].sum() + 0.25 * (w ** 2).sum(), rtol=1e-5)
+
+
+def test_microbatches_add_up_with_uneven_counts():
+    whole, metrics = run(task(), stack(batch(0), batch(1)))
+    parts, part_metrics = run(task(microbatches=4), stack(batch(0), batch(1)))
+    np.testing.assert_allclose(whole.params['w'], parts.params['w'], rtol=1e-5)
+    for name in ('loss', 'fit', 'size', 'gradient_norm'):
+        np.testing.assert_allclose(metrics[name], part_metrics[name], rtol=1e-5)
+
+
+def test_a_group_of_steps_equals_single_steps():
+    batches = [batch(i) for i in range(4)]
+    together, metrics = run(task(), stack(*batches))
+    state, losses = None, []
+    for b in batches:
+        state, one = run(task(), stack(b), state)
+        losses.append(one['loss'][0])
+    np.testing.assert_array_equal(metrics['loss'], losses)
+    jax.tree.map(np.testing.assert_array_equal, together, state)
+    assert int(together.step) == int(together.updates) == 4
+
+
+def test_noise_differs_by_step_and_repeats_by_seed():
+    _, first = run(task(), stack(batch(0), batch(0)))
+    _, again = run(task(), stack(batch(0), batch(0)))
+    assert first['noise'][0] != first['noise'][1]
+    np.testing.assert_array_equal(first['noise'], again['noise'])
+
+
+def test_non_finite_batch_changes_nothing_but_the_step():
+    bad = batch(1)
+    bad['y'][0], bad['mask'][0] = np.inf, 1
+    start = lib.init_state(task(), 0)
+    state, metrics = run(task(), stack(bad))
+    assert metrics['skipped'][0] == 1
+    assert int(state.step) == 1 and int(state.updates) == 0
+    jax.tree.map(np.testing.assert_array_equal, start._replace(step=state.step), state)
+    state, metrics = run(task(), stack(batch(0)), state)
+    assert metrics['skipped'][0] == 0 and int(state.updates) == 1
+    assert np.isfinite(state.params['w']).all()
+
+
+def test_average_follows_the_parameters():
+    state, _ = run(task(), stack(batch(0)))
+    start = lib.init_state(task(), 0).params['w']
+    np.testing.assert_allclose(state.averages['w'], 0.9 * start + 0.1 * state.params['w'],
+                               rtol=1e-5)
+    assert lib.best_params(state) is state.averages
+    plain = task(optimizer=dataclasses.replace(task().optimizer, average_decay=0.0))
+    state, _ = run(plain, stack(batch(0)))
+    assert lib.best_params(state) is state.params
+
+
+def test_validation_sums_equal_the_mean_over_all_batches():
+    t = task()
+    state = lib.init_state(t, 0)
+    validate = lib.make_validate(t)
+    parts = [validate(state.params, {}, batch(i), state.updates, {}, ()) for i in range(3)]
+    terms = [p[0]['fit'] for p in parts]
+    w = np.asarray(state.params['w'], np.float64)
+    errors = np.concatenate([b['mask'] * (b['x'] @ w - b['y']) ** 2
+                             for b in map(batch, range(3))])
+    count = sum(batch(i)['mask'].sum() for i in range(3))
+    np.testing.assert_allclose(sum(float(x.sum) for x in terms) / sum(float(x.count) for x in terms),
+                               errors.sum() / count, rtol=1e-5)
