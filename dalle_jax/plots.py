@@ -27,6 +27,7 @@ MATRIX_COLOUR = 47, 116, 208
 STYLE = """
 .chart svg { width: 100%; height: auto; display: block; overflow: visible }
 .chart text { font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums }
+.chart .x { text-anchor: middle } .chart .y, .chart .end { text-anchor: end }
 .chart line { stroke: var(--line) }
 .chart path { stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round }
 .chart path:not(.area) { fill: none }
@@ -50,9 +51,9 @@ STYLE = """
 .maps svg { width: 100%; height: auto; display: block }
 .scale { display: flex; align-items: center; gap: .5rem; font-size: .8125rem; color: var(--soft);
   flex-wrap: wrap; margin-top: .8rem }
-.scale i { width: 9rem; height: .6rem; border-radius: 2px; filter: var(--lift);
-  background: linear-gradient(90deg, rgb(47 116 208 / .06), rgb(47 116 208)) }
-""" + ''.join(
+.scale i { width: 9rem; height: .6rem; border-radius: 2px; filter: var(--lift) }
+""" + '.scale i {{ background: linear-gradient(90deg, rgb({0} / .06), rgb({0})) }}\n'.format(
+    ' '.join(map(str, MATRIX_COLOUR))) + ''.join(
     f'path.s{i} {{ stroke: var(--c{i}) }} .f{i} {{ fill: var(--c{i}) }} '
     f'i.s{i} {{ background: var(--c{i}) }}\n' for i in range(COLOURS))
 
@@ -143,27 +144,21 @@ def fit_axis(values: np.ndarray, start: float, end: float, log: bool = False,
     """An axis around finite values; from zero where the values reach down near it."""
     low, high = float(values.min()), float(values.max())
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        if log:
-            return Axis(low / 2, high * 2, start, end, log)
         half = 0.1 * abs(low) or 1.0
-        return Axis(low - half, high + half, start, end)
-    if log:
+        low, high = (low / 2, high * 2) if log else (low - half, high + half)
+    elif log:
         margin = (high / low) ** pad
-        return Axis(low / margin, high * margin, start, end, log)
-    from_zero = 0 <= low < 0.25 * high
-    margin = pad * (high - low)
-    return Axis(0.0 if from_zero else low - margin, high + margin, start, end)
+        low, high = low / margin, high * margin
+    else:
+        margin = pad * (high - low)
+        low, high = 0.0 if 0 <= low < 0.25 * high else low - margin, high + margin
+    return Axis(low, high, start, end, log)
 
 
 def decimate(values: np.ndarray, drawn: np.ndarray, buckets: int = BUCKETS) -> np.ndarray:
-    """Indices of the drawn values that a line of limited size keeps.
+    """Indices of at most 2 * buckets + 2 of the drawn values, for a line of limited size.
 
     All of them, or else the first, the last, and each bucket's smallest and largest.
-
-    Args:
-      values: float [n].
-      drawn: bool [n].
-      buckets: at most 2 * buckets + 2 indices are returned.
     """
     indices = np.flatnonzero(drawn)
     if len(indices) <= 2 * buckets:
@@ -202,18 +197,15 @@ def frame(across: Axis, up: Axis, x: str, y: str) -> str:
     for value, label in up.ticks():
         at = f'{float(up.place(value)):.1f}'
         parts.append(f'<line x1="{across.start}" x2="{across.end}" y1="{at}" y2="{at}"/>'
-                     f'<text class="y" x="{across.start - 6}" y="{at}" dy="4" '
-                     f'text-anchor="end">{label}</text>')
+                     f'<text class="y" x="{across.start - 6}" y="{at}" dy="4">{label}</text>')
     for value, label in across.ticks():
         at = float(across.place(value))
         # The axis is named at its right end, in place of a tick label that would run into it.
         if at < across.end - 7.5 * len(x) - 4 * len(label) - 8:
-            parts.append(f'<text class="x" x="{at:.1f}" y="{HEIGHT - 6}" '
-                         f'text-anchor="middle">{label}</text>')
-    parts.append(f'<text x="{across.end}" y="{HEIGHT - 6}" text-anchor="end">{escape(x)}</text>')
-    if y:
-        parts.append(f'<text x="{across.start + 4}" y="{TOP + 2}">{escape(y)}</text>')
-    return ''.join(parts)
+            parts.append(f'<text class="x" x="{at:.1f}" y="{HEIGHT - 6}">{label}</text>')
+    return ''.join(parts) + (
+        f'<text class="end" x="{across.end}" y="{HEIGHT - 6}">{escape(x)}</text>'
+        f'<text x="{across.start + 4}" y="{TOP + 2}">{escape(y)}</text>')
 
 
 def hover_strips(across: Axis, xs: np.ndarray, tell) -> str:
@@ -349,8 +341,8 @@ def matrix(matrices: Mapping[str, np.ndarray], boundary: int | None = None,
            title: str = '') -> str:
     """Heat maps of attention weights, side by side, with one logarithmic colour scale.
 
-    Zeros (masked positions) and values that are not finite stay blank. A matrix of more than 320
-    rows or columns is pooled: a dot shows the largest of its weights.
+    Zeros (masked positions) and values that are not finite stay blank. A dot of a large matrix
+    shows the largest of several weights.
 
     Args:
       matrices: name -> weights [queries, keys], not negative.
@@ -358,7 +350,7 @@ def matrix(matrices: Mapping[str, np.ndarray], boundary: int | None = None,
       title: of the block.
 
     Raises:
-      ValueError: a matrix has not two dimensions.
+      ValueError: a matrix is not two-dimensional.
     """
     weights = {}
     for name, values in matrices.items():

@@ -34,8 +34,7 @@ STYLE = """
   --line: #2d2f33; --wash: #1d1f22; --good: #6ccb98; --bad: #ff8f86; --alarm: #35201f;
   --lift: brightness(1.5); --c0: #6fa8fa; --c1: #f2a05c; --c2: #5cc6a0; --c3: #c29ae8;
   --c4: #ef8aa2; --c5: #99a1ab } }
-* { box-sizing: border-box }
-html { -webkit-text-size-adjust: 100% }
+* { box-sizing: border-box; -webkit-text-size-adjust: 100% }
 body { margin: 0 auto; max-width: 1328px; padding: 40px 24px 72px; background: var(--paper);
   color: var(--ink); overflow-wrap: anywhere; font: 1rem/1.55 system-ui, -apple-system, 'Segoe UI',
   Roboto, 'Helvetica Neue', Arial, sans-serif }
@@ -72,7 +71,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .table .n { text-align: right; white-space: nowrap }
 .stages { display: grid; grid-template-columns: fit-content(40%) 1fr auto; gap: 7px 14px;
   align-items: center; font-size: .9375rem; max-width: 900px; font-variant-numeric: tabular-nums }
-.stages i { display: block; height: 14px; min-width: 2px; background: var(--c0) }
+.stages i { display: block; min-width: 2px; height: 14px; background: var(--c0) }
 .stages i, .track { border-radius: 2px }
 .stages > :nth-child(3n) { text-align: right }
 .track { background: var(--wash) } .total { font-weight: 600 }
@@ -225,21 +224,21 @@ def captioned(image: np.ndarray, alt: str, right: bool | None, text: str, kind: 
 
 
 def image_grid(images: np.ndarray, captions: Sequence[str] | None = None,
-               verdicts: Sequence[bool | None] | None = None, scale: str = 'pixelated') -> str:
+               verdicts: Sequence[bool | None] | None = None, scale: str = 'auto') -> str:
     """Pictures in a grid that wraps, each with its caption and verdict.
 
     Args:
       images: uint8 or float in [0, 1], [n, H, W, 3].
       captions: n texts.
       verdicts: n of True (check), False (cross), None (no mark).
-      scale: how a browser enlarges: 'pixelated', or 'auto' for smooth.
+      scale: how a browser enlarges: 'auto' is smooth, 'pixelated' shows each pixel.
     """
     return side_by_side({'': images}, captions, {} if verdicts is None else {'': verdicts}, scale)
 
 
 def side_by_side(columns: Mapping[str, np.ndarray], captions: Sequence[str] | None = None,
                  verdicts: Mapping[str, Sequence[bool | None]] | None = None,
-                 scale: str = 'pixelated') -> str:
+                 scale: str = 'auto') -> str:
     """Several versions of each example next to each other, such as original and reconstruction.
 
     Args:
@@ -268,7 +267,7 @@ def side_by_side(columns: Mapping[str, np.ndarray], captions: Sequence[str] | No
 
 def candidates(caption: str, images: np.ndarray, scores: Sequence[float],
                verdicts: Sequence[bool | None] | None, chosen: int,
-               scale: str = 'pixelated') -> str:
+               scale: str = 'auto') -> str:
     """All k candidates of one caption, the highest score first; `chosen`, an index, is framed.
 
     Images, verdicts and scale are as in `image_grid`; each score is shown beneath its picture.
@@ -328,8 +327,8 @@ def run_page(workdir: str | os.PathLike) -> str:
     records = read_metrics(workdir / 'metrics.jsonl')
     status = 'No metrics yet'
     if records:
-        status = f'Step {number(max(record["step"] for record in records))}'
-        status += f' after {duration(records[-1].get("time", 0.0))}'
+        step, spent = max(r['step'] for r in records), records[-1].get('time', 0.0)
+        status = f'Step {number(step)} after {duration(spent)}'
     blocks = metric_blocks(records) + snapshot_blocks(workdir)
     if (workdir / 'config.json').exists():
         config = escape((workdir / 'config.json').read_text(encoding='utf-8', errors='replace'))

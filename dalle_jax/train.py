@@ -50,9 +50,9 @@ def run(config, workdir: str) -> dict[str, float] | None:
     loaded = {role: runs.load(path) for role, path in experiment.frozen.items() if path}
     frozen = {role: Frozen(r.module, r.config, r.params) for role, r in loaded.items()
               if role == 'image'}
-    source = sources.open_source(experiment.data, experiment.data.train_split)
-    valid_source = sources.open_source(experiment.data, experiment.data.valid_split)
     needs_text = 'text' in model.batch_spec(experiment.arch, frozen)
+    source, valid_source = (sources.open_source(experiment.data, split, needs_text)
+                            for split in ('train', 'valid'))
     tokenizer = _tokenizer(experiment, loaded, source, workdir) if needs_text else None
     if hasattr(model, 'fit'):
         experiment = dataclasses.replace(experiment, arch=model.fit(
@@ -181,7 +181,10 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
         values = run_validation(first)
         take_snapshot(first)
     facts = {'step': loop.steps, 'seconds': log.elapsed(), 'parameters': count,
-             **_problems(pipeline), **values}
+             'bad_records': pipeline.problems.replaced,
+             'truncated_captions': pipeline.problems.truncated, **values}
+    if pipeline.problems.replaced or pipeline.problems.truncated:
+        say(f'{name}: {pipeline.problems}')
     log.finish(facts)
     say(f'{name}: finished in {_clock(log.elapsed())}; see {log.path}/report.html')
     return facts
@@ -331,10 +334,6 @@ class _StopSignal:
     def restore(self):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def _problems(pipeline):
-    return {}
 
 
 def _write_page(path):

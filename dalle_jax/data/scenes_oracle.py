@@ -4,7 +4,8 @@ What is seen in an image, in this order:
 
     background   the palette colour nearest to the median of the image's border
     things       connected regions that differ from it by > CONTRAST and cover >= MIN_AREA
-    colour       the palette colour nearest to the median of a region's interior
+    colour       the palette colour nearest to the median of a region's interior, or none if more
+                 than MAX_MIXED of the interior is nearer to other colours
     shape, size  the template with the largest intersection over union with the region
     relation     which way, mostly, from the first centroid to the second
 
@@ -27,20 +28,20 @@ from dalle_jax.data.scenes import (
 ATTRIBUTES = ('count', 'background', 'colour', 'shape', 'size', 'relation')
 CONTRAST = 0.22  # Euclidean distance in RGB, of [0, 1] a channel
 MIN_AREA = 0.006  # of the image
-MIN_ALIKE = 0.6  # share of a region's interior that must be nearest to its colour
+MAX_MIXED = 0.4  # share of a region's interior that may be of other colours
 MIN_QUALITY = 0.7
 CHUNK = 128  # images read at once
 SUBSAMPLES = 8  # a side of a pixel, for the templates
 
 
 class _Seen(NamedTuple):
-    """What n images show; slots of things that are not there hold -1, and 0 for quality."""
+    """What n images show; -1 stands for what is not there, and for a thing of no single colour."""
 
     background: np.ndarray  # [n] index into BACKGROUNDS
     count: np.ndarray  # [n] regions, of which the largest two are described
     things: np.ndarray  # [n, 2, 3] indices into SIZES, COLOURS, SHAPES
     relation: np.ndarray  # [n] index into RELATIONS, from slot 0 to slot 1
-    quality: np.ndarray  # [n, 2] intersection over union with the best template
+    quality: np.ndarray  # [n, 2] intersection over union with the best template, 0 for no thing
 
 
 def judge(config: SceneConfig, images: np.ndarray,
@@ -97,22 +98,25 @@ def judge(config: SceneConfig, images: np.ndarray,
 def read(config: SceneConfig, images: np.ndarray) -> list[tuple[Scene | None, str]]:
     """What is seen in images [n, S, S, 3]: the scene and its caption.
 
-    Where there are not one or two things the scene is None and the text says how many.
+    The scene is None where there are not one or two things, then the text says how many, and where
+    a thing is not of one colour, then the text calls it 'mottled'.
     """
     images = np.asarray(images)
     _check(config, images)
     seen = _look(config, images)
+    colours = (*COLOURS, 'mottled')  # the last one is index -1
     readings = []
     for i, count in enumerate(seen.count.tolist()):
         background = list(BACKGROUNDS)[seen.background[i]]
         if count not in (1, 2):
             readings.append((None, f'{count or "no"} things on a {background} background'))
             continue
-        things = tuple(Thing(SIZES[s], list(COLOURS)[c], SHAPES[f])
-                       for s, c, f in seen.things[i, :count])
+        things = tuple(Thing(SIZES[size], colours[colour], SHAPES[shape])
+                       for size, colour, shape in seen.things[i, :count])
         relation = RELATIONS[seen.relation[i]] if count == 2 else ''
         scene = Scene(things, relation, background)
-        readings.append((scene, caption(scene)))
+        plain = (seen.things[i, :count, 1] >= 0).all()
+        readings.append((scene if plain else None, caption(scene)))
     return readings
 
 
@@ -161,12 +165,12 @@ def _look_at_chunk(config: SceneConfig, images: np.ndarray) -> _Seen:
     thin = ~interior.any((1, 2))
     interior[thin] = masks[thin]
     colour = _nearest(_masked_median(views, interior), colours)
-    palette = np.concatenate([colours, grounds])
-    alike = _nearest(views.transpose(0, 2, 3, 1), palette) == colour[:, None, None]
-    mottled = (alike & interior).sum((1, 2)) < MIN_ALIKE * interior.sum((1, 2))
+    ink, line = colours[colour], ground[owner] - colours[colour]  # [m, 3]
+    mixed = _off_line(views, ink, line) > _norm(
+        views[:, None] - colours[:, :, None, None], 2).min(1)
+    mottled = (mixed & interior).sum((1, 2)) > MAX_MIXED * interior.sum((1, 2))
     # 1 where a pixel has the colour, 0 for the background, linear in between; less for others.
-    ink, empty = colours[colour], ground[owner]
-    cover = 1 - _norm(views - ink[:, :, None, None], 1) / _norm(ink - empty)[:, None, None]
+    cover = 1 - _norm(views - ink[:, :, None, None], 1) / _norm(line)[:, None, None]
     cover = np.clip(cover, 0, 1) * _spread(masks)
     overlap = _overlap(cover, templates)  # [m, kinds]
 
@@ -207,6 +211,13 @@ def _norm(x: np.ndarray, axis: int = -1) -> np.ndarray:
 def _nearest(x: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Indices [...] of the colours of a palette [k, 3] nearest to x [..., 3]."""
     return _norm(x[..., None, :] - palette).argmin(-1)
+
+
+def _off_line(views: np.ndarray, start: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """Distance of views [m, 3, W, W] from the segments start to start + line, [m, 3] each."""
+    start, line = start[:, :, None, None], line[:, :, None, None]
+    share = ((views - start) * line).sum(1, keepdims=True) / np.square(line).sum(1, keepdims=True)
+    return _norm(views - start - np.clip(share, 0, 1) * line, 1)
 
 
 def _spread(x: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""k-means: where the codes of a dVAE may start, and the plain lookup it has to beat.
+"""The codes of a dVAE: how many are used, where they may start, the plain lookup they must beat.
 
 N points, D their dimensions, K centres.
 """
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ def nearest(points: jax.Array, centres: jax.Array) -> tuple[jax.Array, jax.Array
     n, dimensions = points.shape
     chunk = min(CHUNK, n)
     padded = jnp.pad(points, ((0, -n % chunk), (0, 0))).reshape(-1, chunk, dimensions)
-    norms = jnp.sum(centres ** 2, axis=-1)
+    norms = jnp.sum(centres ** 2, axis=-1)[None]
 
     def of_chunk(x):
         # Full precision: reduced products would make ties of centres that are not.
@@ -99,6 +100,25 @@ def kmeans(points: jax.Array, k: int, key: jax.Array, iterations: int = 6) -> Cl
     return _kmeans(jnp.asarray(points, jnp.float32), k, key, iterations)
 
 
+def usage(ids: jax.Array, vocab: int) -> dict[str, tuple[jax.Array, float]]:
+    """How the codes of a batch are used, as (value, 1.0).
+
+    Args:
+      ids: int codes of any shape.
+      vocab: K.
+
+    Returns:
+      perplexity of the codes, 1 to K; codes_used, how many differ; alarm/codebook_collapse, 1 where
+      those are fewer than 2 % of min(K, number of ids), else 0.
+    """
+    counts = jnp.bincount(ids.reshape(-1), length=vocab)
+    used = jnp.sum(counts > 0)
+    collapsed = used < 0.02 * min(vocab, ids.size)
+    perplexity = jnp.exp(jnp.sum(jax.scipy.special.entr(counts / ids.size)))
+    return {'perplexity': (perplexity, 1.0), 'codes_used': (used.astype(jnp.float32), 1.0),
+            'alarm/codebook_collapse': (collapsed.astype(jnp.float32), 1.0)}
+
+
 def patches(images: np.ndarray, factor: int) -> np.ndarray:
     """Images [B, S, S', 3] cut into squares, row by row: [B * S/f * S'/f, f * f * 3]."""
     b, h, w, c = images.shape
@@ -125,6 +145,37 @@ def informative(squares: np.ndarray, flat_share: float = 0.05) -> np.ndarray:
     return np.union1d(np.flatnonzero(~flat), plain[kept.astype(int)])
 
 
+def gather(batches: Iterable[np.ndarray], features: Callable[[np.ndarray], jax.Array], factor: int,
+           vocab: int) -> np.ndarray:
+    """Features of informative squares, enough of them for k-means.
+
+    Args:
+      batches: uint8 images [B, S, S, 3]. Reading stops at POINTS_PER_CENTRE informative squares per
+        code, or at four times as many squares in all, or with the last batch.
+      features: images -> [B, S/f, S/f, D].
+      factor: f.
+      vocab: number of codes.
+
+    Returns:
+      float32 [N, D].
+    """
+    enough = POINTS_PER_CENTRE * vocab
+    points, kept, seen = [], 0, 0
+    for images in batches:
+        found = np.asarray(features(images))
+        found = found.reshape(-1, found.shape[-1])
+        points.append(found[informative(patches(images, factor))])
+        kept, seen = kept + len(points[-1]), seen + len(found)
+        if kept >= enough or seen >= 4 * enough:
+            break
+    return np.concatenate(points)[:enough]
+
+
+def distance_logits(centres: jax.Array, sharpness: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Kernel [D, K] and bias [K] of logits -sharpness |x - centre|^2, up to a term without K."""
+    return 2 * sharpness * centres.T, -sharpness * jnp.sum(centres ** 2, axis=-1)
+
+
 def lookup_baseline(train_images: np.ndarray, images: np.ndarray, factor: int, vocab: int,
                     key: jax.Array) -> np.ndarray:
     """Images rebuilt from `vocab` squares of raw pixels: a tokenizer that has learned nothing.
@@ -141,11 +192,11 @@ def lookup_baseline(train_images: np.ndarray, images: np.ndarray, factor: int, v
     Returns:
       float32 [B', S', S', 3] in [0, 1].
     """
-    squares = patches(np.asarray(train_images), factor)
-    kept = informative(squares)
-    kept = kept[::-(-len(kept) // (POINTS_PER_CENTRE * vocab))]
-    centres = kmeans(squares[kept] / np.float32(255), vocab, key).centres
-    ids, _ = jax.jit(nearest)(patches(np.asarray(images), factor) / np.float32(255), centres)
+    def squares(images):
+        return patches(np.asarray(images), factor) / np.float32(255)
+
+    centres = kmeans(gather([train_images], squares, factor, vocab), vocab, key).centres
+    ids, _ = jax.jit(nearest)(squares(images), centres)
     b, h, w, c = images.shape
     grid = np.asarray(centres)[np.asarray(ids)]
     grid = grid.reshape(b, h // factor, w // factor, factor, factor, c).swapaxes(2, 3)

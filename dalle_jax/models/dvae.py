@@ -28,7 +28,7 @@ EPS = 0.1  # app. A.3: keeps pixels away from 0 and 1, where the logit-Laplace d
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and loss of a dVAE.
+    """Sizes and loss of a dVAE; the defaults are the paper's.
 
     Attributes:
       image_size: S, pixels.
@@ -39,28 +39,25 @@ class Config:
         n, the embedding of a code.
       groups: number of resolutions; each but the first halves the grid.
       blocks_per_group: residual blocks in each group, or one number per group, finest first.
-      patch: p. 1: the paper's 7x7 convolution at full resolution. Above: pixels are regrouped
-        [S/p, S/p, 3 p^2] and enter and leave by 1x1 convolutions, so no layer runs at full
-        resolution.
-      bottleneck: 0: the paper's encoder. n: the encoder ends in a tanh latent of n channels before
-        the logits, and a code's embedding has these n channels too; k-means and the noise
-        relaxation live in that space.
+      patch: p. 1: a 7x7 convolution of pixels. Above: squares of p x p pixels enter and leave by
+        1x1 convolutions, so that no layer runs at full resolution.
+      bottleneck: n: the encoder ends in a tanh latent of n channels before the logits, and a
+        code's embedding has these n channels too; 0: no such latent.
       likelihood: 'logit_laplace': 6 output maps, 3 mu and 3 ln b. 'mse': 3 maps, the image in
         [-1, 1], and mse_scale * squared error of the image in [0, 1]: a Gaussian's -ln density
         without its constant.
       mse_scale: 1 / (2 variance) of that Gaussian.
       relaxation: 'gumbel'; or 'noise': a warm-up as an autoencoder that adds Gaussian noise to the
-        latent and does not use the codes at all. Same parameters, so that a 'gumbel' run can start
-        from it.
-      noise: standard deviation at its end. Match the error that codes will make: 0.12 to 0.15 for
+        latent and does not use the codes. Same parameters, so a 'gumbel' run can start from it.
+      noise: standard deviation it reaches. Match the error that codes will make: 0.12 to 0.15 for
         512 codes and 8 channels.
       noise_steps: updates over which it rises from 0.
       kl_weight, kl_steps: beta rises from 0 to kl_weight over kl_steps updates.
       temperature, temperature_steps: tau falls from 1 to temperature over temperature_steps.
       post_gain: factor of every residual branch; None: 1 / blocks^2.
-      codebook_init: 'none', or 'kmeans': `prepare` puts the codes on the latents of real images.
-      codebook_sharpness: expected excess of the logit of the nearest centre, in units of the mean
-        squared distance, of the logits that `prepare` makes.
+      codebook_init: 'none'; or 'kmeans': `prepare` puts the codes on the latents of real images.
+      codebook_sharpness: how much logit `prepare` takes from a code for lying one mean squared
+        error further from the latent than another.
 
     Raises:
       ValueError: on sizes that do not fit together and on unknown names.
@@ -93,43 +90,36 @@ class Config:
         object.__setattr__(self, 'widths', tuple(self.widths))
         if not isinstance(self.blocks_per_group, int):
             object.__setattr__(self, 'blocks_per_group', tuple(self.blocks_per_group))
-        for name in ('image_size', 'vocab', 'hidden', 'n_init', 'groups', 'patch'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'dvae: {name}={getattr(self, name)} must be at least 1')
+
+        def require(holds, name, rule):
+            if not holds:
+                raise ValueError(f'dvae: {name}={getattr(self, name)!r}: {rule}')
+
         for name, options in (('likelihood', ('logit_laplace', 'mse')),
                               ('relaxation', ('gumbel', 'noise')),
                               ('codebook_init', ('none', 'kmeans'))):
-            if getattr(self, name) not in options:
-                raise ValueError(f'dvae: {name}={getattr(self, name)!r} is none of {options}')
-        for name in ('widths', 'blocks_per_group'):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and value and len(value) != self.groups:
-                raise ValueError(f'dvae: {name}={value} has {len(value)} entries for '
-                                 f'groups={self.groups}; give one per group, finest first')
-        if min(self.group_blocks) < 1:
-            raise ValueError(f'dvae: blocks_per_group={self.blocks_per_group}: '
-                             'every group needs a block, it changes the width')
-        if any(width % 4 or width < 4 for width in self.group_widths):
-            raise ValueError(f'dvae: group widths {self.group_widths} must be multiples of 4: '
-                             'the inside of a block is a quarter as wide')
-        if self.image_size % self.factor:
-            raise ValueError(f'dvae: image_size={self.image_size} is not divisible by the '
-                             f'downsampling factor {self.factor} = patch {self.patch} * '
-                             f'2**(groups-1); change image_size, patch or groups')
-        if self.bottleneck < 0:
-            raise ValueError(f'dvae: bottleneck={self.bottleneck} must be 0 (none) or positive')
-        for name, option in (('relaxation', 'noise'), ('codebook_init', 'kmeans')):
-            if getattr(self, name) == option and not self.bottleneck:
-                raise ValueError(f'dvae: {name}={option!r} works on the bottleneck\'s latent and '
-                                 'bottleneck is 0; set it, for instance to 8')
-        if not 0 < self.temperature <= 1:
-            raise ValueError(f'dvae: temperature={self.temperature} must be in (0, 1]')
+            require(getattr(self, name) in options, name, f'choose one of {options}')
+        for name in ('image_size', 'vocab', 'hidden', 'n_init', 'groups', 'patch'):
+            require(getattr(self, name) >= 1, name, 'must be at least 1')
         for name in ('mse_scale', 'codebook_sharpness'):
-            if getattr(self, name) <= 0:
-                raise ValueError(f'dvae: {name}={getattr(self, name)} must be positive')
-        for name in ('noise', 'kl_weight', 'noise_steps', 'kl_steps', 'temperature_steps'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'dvae: {name}={getattr(self, name)} must not be negative')
+            require(getattr(self, name) > 0, name, 'must be positive')
+        for name in ('bottleneck', 'noise', 'kl_weight', 'noise_steps', 'kl_steps',
+                     'temperature_steps'):
+            require(getattr(self, name) >= 0, name, 'must not be negative')
+        require(0 < self.temperature <= 1, 'temperature', 'must be in (0, 1]')
+        per_group = f'give one number per group, finest first; groups={self.groups}'
+        require(len(self.widths) in (0, self.groups), 'widths', per_group)
+        require(len(self.group_blocks) == self.groups, 'blocks_per_group', per_group)
+        require(min(self.group_blocks) >= 1, 'blocks_per_group', 'a group needs a block')
+        require(all(width >= 4 and width % 4 == 0 for width in self.group_widths),
+                'widths' if self.widths else 'hidden',
+                'widths must be multiples of 4: the inside of a block is a quarter as wide')
+        require(self.image_size % self.factor == 0, 'image_size',
+                f'not divisible by the downsampling factor {self.factor} = patch {self.patch} * '
+                '2**(groups-1); change image_size, patch or groups')
+        for name, option in (('relaxation', 'noise'), ('codebook_init', 'kmeans')):
+            require(self.bottleneck or getattr(self, name) != option, name,
+                    'works on the latent of a bottleneck; set bottleneck, for instance to 8')
 
     @property
     def factor(self) -> int:
@@ -222,9 +212,6 @@ def batch_spec(config: Config, frozen: Any = None) -> dict[str, jax.ShapeDtypeSt
     return {'image': jax.ShapeDtypeStruct((config.image_size, config.image_size, 3), jnp.uint8)}
 
 
-# --- pixels, codes ----------------------------------------------------------------------------
-
-
 def map_pixels(images: jax.Array) -> jax.Array:
     """phi: uint8 in [0, 255] -> float32 in [0.1, 0.9] (app. A.3)."""
     return images.astype(jnp.float32) * ((1 - 2 * EPS) / 255) + EPS
@@ -258,7 +245,8 @@ def _decode(params, config, embedded, dtype):
 
 def lookup(params: Any, ids: jax.Array) -> jax.Array:
     """Embeddings [B, h, w, n] of codes [B, h, w]: the product with one-hot codes, as rows."""
-    return params['codebook']['kernel'][0, 0][ids] + params['codebook']['bias']
+    kernel, bias = params['codebook']['kernel'], params['codebook']['bias']
+    return kernel[0, 0][ids] + bias[None, None, None]
 
 
 def encode(params: Any, config: Config, images: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -273,19 +261,6 @@ def encode(params: Any, config: Config, images: jax.Array, dtype: Any = jnp.floa
 def decode(params: Any, config: Config, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Images, float32 [B, S, S, 3] in [0, 1], of codes [B, h, w]."""
     return read_out(_decode(params, config, lookup(params, ids), dtype), config)
-
-
-# --- training ---------------------------------------------------------------------------------
-
-
-def temperature(config: Config, step: jax.Array | int) -> jax.Array:
-    """tau at an update."""
-    return half_cosine(step, 1.0, config.temperature, config.temperature_steps)
-
-
-def beta(config: Config, step: jax.Array | int) -> jax.Array:
-    """KL weight at an update, relative to a bound in nats per image."""
-    return half_cosine(step, 0.0, config.kl_weight, config.kl_steps)
 
 
 def _nll(maps, images, config):
@@ -303,15 +278,13 @@ def _quality(maps, images, config, suffix=''):
             'psnr' + suffix: (decibels.sum(), float(len(decibels)))}
 
 
-def _usage(ids, config):
-    """How many codes a batch uses; too few is the alarm that the codebook collapses."""
-    counts = jnp.bincount(ids.reshape(-1), length=config.vocab)
-    share = counts / ids.size
-    used = jnp.sum(counts > 0)
-    enough = 0.02 * min(config.vocab, ids.size)
-    return {'perplexity': (jnp.exp(jnp.sum(jax.scipy.special.entr(share))), 1.0),
-            'codes_used': (used.astype(jnp.float32), 1.0),
-            'alarm/codebook_collapse': ((used < enough).astype(jnp.float32), 1.0)}
+def gumbel_softmax(logits: jax.Array, tau: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """Relaxed one-hot sample of a categorical [..., K] (sec. 2.1; Jang et al. 2017).
+
+    Its argmax is an exact sample at any temperature. Without a key the noise is left out.
+    """
+    noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape)
+    return jax.nn.softmax((logits + noise) / tau)
 
 
 def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, Any, Any]:
@@ -321,11 +294,11 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
     both joint terms of an image divided by its number of values (app. A.2; beta / 192 in the
     paper). z is the Gumbel-softmax sample; the KL is that of the plain logits to the uniform prior.
 
-    Metrics, beside mse and psnr of the relaxed reconstruction, temperature, beta, and use of the
-    codes by argmax (alarm/codebook_collapse: 1 below 2 % of min(K, positions in the batch)):
+    Metrics, beside mse and psnr of the relaxed reconstruction, temperature, beta, and
+    codebook.usage of the most probable codes:
       elb_relaxed: lower bound with beta = 1, -(nll + KL / (3 f^2)), nats per pixel value.
-      elb_hard: the same with a sample of the codes themselves, the same noise at temperature 0: a
-        bound of the discrete model. Annealing has gone far enough when both agree (sec. 2.1).
+      elb_hard: the same with the codes that this noise samples: an estimate of the bound of the
+        discrete model. Annealing has gone far enough when both agree (sec. 2.1).
       mse_hard, psnr_hard: of the most probable codes, which is what a second stage sees.
     The last three cost two more decodings and exist only where ctx.train is False. The elbs are of
     the mapped pixels, and for likelihood 'mse' lack the Gaussian's constant.
@@ -347,23 +320,22 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
         terms = {'reconstruction': losses.Term(nll.sum(), float(nll.size))}
         return terms, {'noise': (sd, 1.0)} | _quality(maps, images, config), model_state
 
-    noise = 0.0 if ctx.key is None else jax.random.gumbel(ctx.key, logits.shape)
-    tau = temperature(config, ctx.step)
-    relaxed = jax.nn.softmax((logits + noise) / tau)
+    tau = half_cosine(ctx.step, 1.0, config.temperature, config.temperature_steps)
+    relaxed = gumbel_softmax(logits, tau, ctx.key)
     embedded = _codebook(config).apply({'params': params['codebook']}, relaxed)
     maps = _decode(params, config, embedded, ctx.dtype)
     nll, kl = _nll(maps, images, config), losses.kl_to_uniform(logits)
-    weight = beta(config, ctx.step)
+    beta = half_cosine(ctx.step, 0.0, config.kl_weight, config.kl_steps)
     terms = {
         'reconstruction': losses.Term(nll.sum(), float(nll.size)),
-        'kl': losses.Term(kl.sum(), float(kl.size), weight / config.values_per_position)}
+        'kl': losses.Term(kl.sum(), float(kl.size), beta / config.values_per_position)}
     ids = jnp.argmax(logits, axis=-1)
     metrics = {
         'elb_relaxed': (-nll.sum() - kl.sum(), float(nll.size)),
-        'temperature': (tau, 1.0), 'beta': (weight, 1.0)}
-    metrics |= _quality(maps, images, config) | _usage(ids, config)
+        'temperature': (tau, 1.0), 'beta': (beta, 1.0)}
+    metrics |= _quality(maps, images, config) | codebook.usage(ids, config.vocab)
     if not ctx.train:
-        drawn = lookup(params, jnp.argmax(logits + noise, axis=-1))
+        drawn = lookup(params, jnp.argmax(relaxed, axis=-1))
         hard = _nll(_decode(params, config, drawn, ctx.dtype), images, config)
         metrics['elb_hard'] = -hard.sum() - kl.sum(), float(hard.size)
         maps = _decode(params, config, lookup(params, ids), ctx.dtype)
@@ -388,55 +360,41 @@ def snapshot(params: Any, model_state: Any, batch: Any, ctx: Context) -> dict[st
             'counts/codes': jnp.bincount(ids.reshape(-1), length=config.vocab)}
 
 
-# --- codes from data --------------------------------------------------------------------------
-
-
 def prepare(params: Any, config: Config, batches: Iterable[Any],
             key: jax.Array) -> tuple[Any, dict[str, float]]:
     """Puts the codes on the latents of real images, before the first update.
 
-    Embeddings become the centres C of a k-means of the latents, and the logits their scaled
-    distances: kernel 2 s C^T, bias -s |C|^2, so that argmax is the nearest centre, with
-    s = codebook_sharpness / mean squared distance. Does nothing unless codebook_init is 'kmeans'.
+    Embeddings become the centres of a k-means of the latents, and the logits fall with the squared
+    distance to them, so that argmax is the nearest centre; see codebook_sharpness. Does nothing
+    unless codebook_init is 'kmeans'.
 
     Args:
-      params: of a model with a bottleneck, best trained as an autoencoder (relaxation 'noise').
+      params: best trained as an autoencoder (relaxation 'noise') before.
       config: the model's.
-      batches: of {'image': uint8 [B, S, S, 3]}; read until there are POINTS_PER_CENTRE informative
-        positions per code, or four times as many positions in all, or no more batches. Every
+      batches: of {'image': uint8 [B, S, S, 3]}; codebook.gather reads as many as it needs. Every
         process of a run must pass the same ones.
       key: PRNG key.
 
     Returns:
-      New parameters, and numbers to log: points, mean squared distance of the seeds and at the
-      end, s.
+      New parameters, and numbers to log.
 
     Raises:
-      ValueError: with fewer informative positions than codes.
+      ValueError: with fewer informative squares of pixels than codes.
     """
     if config.codebook_init != 'kmeans':
         return params, {}
     latents = jax.jit(lambda p, x: _encode(p, config, x, jnp.float32)[0])
-    points, enough = [], codebook.POINTS_PER_CENTRE * config.vocab
-    kept = seen = 0
-    for batch in batches:
-        images = np.asarray(batch['image'])
-        found = np.asarray(latents(params, images)).reshape(-1, config.bottleneck)
-        points.append(found[codebook.informative(codebook.patches(images, config.factor))])
-        kept, seen = kept + len(points[-1]), seen + len(found)
-        if kept >= enough or seen >= 4 * enough:
-            break
-    points = np.concatenate(points)[:enough] if points else np.zeros((0, config.bottleneck))
+    points = codebook.gather((np.asarray(batch['image']) for batch in batches),
+                             lambda images: latents(params, images), config.factor, config.vocab)
     clusters = codebook.kmeans(points, config.vocab, key)
     # Where the centres are the points themselves, s would be infinite and argmax frozen.
     distance = jnp.maximum(clusters.distortion[-1], 1e-3 * points.var(axis=0).sum() + 1e-6)
     sharpness = config.codebook_sharpness / distance
-    centres = clusters.centres
-    encoder = params['encoder'] | {'logits': {
-        'kernel': (2 * sharpness * centres.T)[None, None],
-        'bias': -sharpness * jnp.sum(centres ** 2, axis=-1)}}
-    embeddings = {'kernel': centres[None, None], 'bias': jnp.zeros(config.bottleneck)}
-    report = {'kmeans/points': len(points), 'kmeans/distortion_seeds': clusters.distortion[0],
-              'kmeans/distortion': clusters.distortion[-1], 'kmeans/sharpness': sharpness}
-    return (params | {'encoder': encoder, 'codebook': embeddings},
-            {name: float(value) for name, value in report.items()})
+    kernel, bias = codebook.distance_logits(clusters.centres, sharpness)
+    parts = {'encoder': params['encoder'] | {
+                 'logits': {'kernel': kernel[None, None], 'bias': bias}},
+             'codebook': {'kernel': clusters.centres[None, None],
+                          'bias': jnp.zeros(config.bottleneck)}}
+    report = {'points': len(points), 'distortion_of_seeds': clusters.distortion[0],
+              'distortion': clusters.distortion[-1], 'sharpness': sharpness}
+    return params | parts, {f'kmeans/{name}': float(value) for name, value in report.items()}

@@ -32,7 +32,7 @@ class Conv(nn.Module):
         bias = self.param(
             'bias', nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
             (self.features,))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias[None, None, None]))
         if self.size == 1:  # XLA:CPU is up to 2.5 times faster at the gradient of a product
             return x @ kernel[0, 0] + bias
         return bias + jax.lax.conv_general_dilated(

@@ -1,4 +1,4 @@
-"""The scenes: what is promised of splits, captions and pictures, and an oracle not easily fooled."""
+"""Scenes: what is promised of splits, captions and pictures; an oracle that is hard to fool."""
 
 import hashlib
 import pickle
@@ -363,8 +363,11 @@ def test_oracle_fails_things_of_two_colours(ground):
                       for c in (colour, other)]
             images.append(np.concatenate([halves[0][:29], halves[1][29:]]))
             texts.append(f'a large {colour} square on a {ground} background')
-    scores = judge(HARD, np.array(images), texts)
+    images = np.array(images)
+    scores = judge(HARD, images, texts)
     np.testing.assert_array_equal(scores['all'].reshape(8, 8), np.eye(8, dtype=bool))
+    np.testing.assert_array_equal(scores['colour'], scores['all'])
+    assert read(HARD, images[1:2]) == [(None, f'a large mottled square on a {ground} background')]
 
 
 def test_oracle_accepts_both_dtypes_and_refuses_what_does_not_fit():

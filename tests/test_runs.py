@@ -1,0 +1,82 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dalle_jax import config, runs
+
+
+def experiment(**overrides):
+    return config.resolve(config.load('experiments/dvae.py:scenes',
+                                      {k.replace('__', '.'): v for k, v in overrides.items()}))
+
+
+def test_another_experiment_is_refused_by_name(tmp_path):
+    runs.Run(tmp_path / 'run', experiment()).close()
+    with pytest.raises(runs.RunError, match='optimizer.peak_lr was .* and is now 1.0.*--workdir'):
+        runs.Run(tmp_path / 'run', experiment(optimizer__peak_lr=1.0))
+    runs.Run(tmp_path / 'run', experiment(loop__log_every=10)).close()  # harmless: continues
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / 'photo.jpg').write_text('')
+    with pytest.raises(runs.RunError, match='not empty .it holds photo.jpg.*another --workdir'):
+        runs.Run(tmp_path, experiment())
+
+
+def test_one_process_at_a_time(tmp_path):
+    code = ('import sys\n'
+            'from dalle_jax import config, runs\n'
+            'try:\n'
+            "  runs.Run(sys.argv[1], config.resolve(config.load('experiments/dvae.py:scenes')))\n"
+            'except runs.RunError as error:\n'
+            "  print('refused:', error)\n")
+
+    def other():
+        return subprocess.run([sys.executable, '-c', code, tmp_path / 'run'], capture_output=True,
+                              text=True).stdout
+
+    run = runs.Run(tmp_path / 'run', experiment())
+    assert 'refused' in other() and 'in use by another process' in other()
+    run.close()
+    assert other() == ''
+
+
+def test_metrics_of_a_continued_run(tmp_path):
+    run = runs.Run(tmp_path / 'run', experiment())
+    run.start_log(0)
+    for step in (10, 20, 30):
+        run.log('train', step, {'loss': step / 10})
+    run.close()
+    path = tmp_path / 'run' / 'metrics.jsonl'
+    path.write_text(path.read_text() + '{"kind": "train", "st')  # killed while writing
+    before = runs.read_metrics(path)
+    assert [line['step'] for line in before] == [10, 20, 30]
+    run = runs.Run(tmp_path / 'run', experiment())
+    run.start_log(20)
+    run.log('train', 30, {'loss': float('nan')})
+    run.close()
+    lines = runs.read_metrics(path)
+    assert [(line['step'], line['loss']) for line in lines[:2]] == [(10, 1.0), (20, 2.0)]
+    assert lines[2]['step'] == 30 and np.isnan(lines[2]['loss'])
+    assert lines[2]['time'] >= before[1]['time']
+
+
+@pytest.mark.parametrize('content,message', [
+    (None, 'is not a run: it has no config.json'),
+    ('{"model": "dvae", ', 'cannot be read'),
+    (json.dumps({'model': 'dvae', 'colour': 1}), 'unknown key'),
+])
+def test_loading_what_is_no_run(tmp_path, content, message):
+    if content:
+        (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(runs.RunError, match=message):
+        runs.load(tmp_path)
+
+
+def test_an_unfinished_run_is_not_loaded(tmp_path):
+    runs.Run(tmp_path / 'run', experiment()).close()
+    with pytest.raises(runs.RunError, match='has not finished training; run its train command'):
+        runs.load(tmp_path / 'run')
