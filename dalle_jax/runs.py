@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dalle_jax import config as config_lib
+from dalle_jax.report import read_metrics
 
 # Keys in which a continued run may differ from what its directory was started with.
 FREE_KEYS = ('loop.steps', 'loop.log_every', 'loop.valid_every', 'loop.snapshot_every',
@@ -96,13 +97,20 @@ class Run:
         """Seconds of training, earlier sessions of the same run included."""
         return time.monotonic() - self._start
 
-    def snapshot(self, step: int, arrays: Mapping[str, Any], captions: list[str]) -> None:
-        """Stores the arrays of a snapshot for the report."""
+    def snapshot(self, step: int, arrays: Mapping[str, Any], captions: list[str],
+                 boundary: int | None) -> None:
+        """Stores the arrays of a snapshot for the report.
+
+        Args:
+          captions: one for each picture of the batch.
+          boundary: where the image begins in attention matrices.
+        """
         path = self.path / 'snapshot.npz'
         temporary = path.with_suffix('.tmp.npz')
         np.savez_compressed(temporary, **{name: np.asarray(a) for name, a in arrays.items()})
         os.replace(temporary, path)
-        write_atomic(self.path / 'snapshot.json', json.dumps({'step': step, 'captions': captions}))
+        write_atomic(self.path / 'snapshot.json', json.dumps(
+            {'step': step, 'captions': captions, 'boundary': boundary}))
 
     def finished(self, steps: int) -> bool:
         """Whether the run has reached this many steps."""
@@ -181,18 +189,6 @@ def read_config(path: str | Path) -> config_lib.Experiment:
         return config_lib.resolve(json.loads(file.read_text()))
     except (json.JSONDecodeError, config_lib.ConfigError) as error:
         raise RunError(f'{file} cannot be read: {error}') from error
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    path = Path(path)
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def write_atomic(path: Path, text: str) -> None:

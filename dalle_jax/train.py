@@ -5,12 +5,14 @@ directory in later stages (config.frozen) and in sample and evaluate.
 """
 
 import dataclasses
+import itertools
 import logging
 import signal
 import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -78,7 +80,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     spec = model.batch_spec(experiment.arch, frozen)
     pipeline = _pipeline(experiment, source, spec, tokenizer, train=True)
     valid = _pipeline(experiment, valid_source, spec, tokenizer, train=False)
-    valid_batches = max(1, min(loop.valid_batches, len(valid_source) // valid.batch_size))
+    valid_batches = max(1, min(loop.valid_batches, len(valid_source) // experiment.data.batch_size))
 
     # -- mesh and state. Restore order: 1 this run's newest checkpoint, 2 init_from, 3 random -
     mesh = partition.make_mesh(experiment.mesh)
@@ -101,8 +103,12 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
                         out_shardings=placed)()
         if experiment.init_from:
             state = _init_from(state, experiment.init_from, task)
-        if hasattr(model, 'prepare'):
-            state = _prepare(state, model, task, pipeline, name)
+    prepare_at = model.prepare_step(experiment.arch) if hasattr(model, 'prepare_step') else None
+    if prepare_at is not None and prepare_at % loop.group:
+        raise config_lib.ConfigError(f'the model is prepared at step {prepare_at}, which is not a '
+                                     f'multiple of loop.group={loop.group}')
+    if prepare_at == 0 and not restored:
+        state = _prepare(state, experiment, model, source, spec, tokenizer, name)
     frozen_params = {role: jax.device_put(f.params, partition.replicated(mesh))
                      for role, f in frozen.items()}
     frozen_static = tuple((role, f.module, f.config) for role, f in frozen.items())
@@ -133,7 +139,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
                       step_lib.bind(frozen_static, frozen_params), task.dtype)
         arrays = model.snapshot(step_lib.best_params(state), state.model_state, batch, ctx)
         captions = [tokenizer.decode(row) for row in batch['text']] if 'text' in batch else []
-        log.snapshot(step, arrays, captions)
+        log.snapshot(step, arrays, captions, getattr(experiment.arch, 'text_length', None))
         _write_page(log.path)
 
     # -- the loop ----------------------------------------------------------------------------
@@ -155,6 +161,8 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
             pending = None
         if done % loop.log_every == 0 or done == loop.steps:
             pending, window = (done, window), []
+        if done == prepare_at:
+            state = _prepare(state, experiment, model, source, spec, tokenizer, name)
         last = done == loop.steps or stop.requested
         due = {what: last or every and done % every == 0 for what, every in (
             ('valid', loop.valid_every), ('snapshot', loop.snapshot_every),
@@ -241,15 +249,18 @@ def _init_from(state, path, task):
                                 jax.random.wrap_key_data(state.key, impl=task.prng))
 
 
-def _prepare(state, model, task, pipeline, name):
-    """The model's data-driven initialisation, where it has one."""
+def _prepare(state, experiment, model, source, spec, tokenizer, name):
+    """The model's initialisation from data, on whole training images, in the middle of a run."""
     started = time.monotonic()
-    params, facts = model.prepare(state.params, task.config, pipeline.images(0),
-                                  jax.random.key(0))
-    if facts:
-        say(f'{name}: prepared in {time.monotonic() - started:.1f} s: {_brief(facts)}')
-    return step_lib.fresh_state(task, params, state.model_state,
-                                jax.random.wrap_key_data(state.key, impl=task.prng))
+    pipeline = _pipeline(experiment, source, spec, tokenizer, train=False)
+    params, facts = model.prepare(state.params, experiment.arch,
+                                  (pipeline.batch(i) for i in itertools.count()),
+                                  jax.random.key(experiment.seed))
+    params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+    say(f'{name}: prepared from data in {time.monotonic() - started:.1f} s: {_brief(facts)}')
+    # Averages start again: those of before describe another model.
+    averages = jax.tree.map(jnp.copy, params) if state.averages else {}
+    return state._replace(params=params, averages=averages)
 
 
 def _mean_weights(sums, batches):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import config, runs
+from dalle_jax.report import read_metrics
 
 
 def experiment(**overrides):
@@ -52,13 +53,13 @@ def test_metrics_of_a_continued_run(tmp_path):
     run.close()
     path = tmp_path / 'run' / 'metrics.jsonl'
     path.write_text(path.read_text() + '{"kind": "train", "st')  # killed while writing
-    before = runs.read_metrics(path)
+    before = read_metrics(path)
     assert [line['step'] for line in before] == [10, 20, 30]
     run = runs.Run(tmp_path / 'run', experiment())
     run.start_log(20)
     run.log('train', 30, {'loss': float('nan')})
     run.close()
-    lines = runs.read_metrics(path)
+    lines = read_metrics(path)
     assert [(line['step'], line['loss']) for line in lines[:2]] == [(10, 1.0), (20, 2.0)]
     assert lines[2]['step'] == 30 and np.isnan(lines[2]['loss'])
     assert lines[2]['time'] >= before[1]['time']

@@ -17,8 +17,10 @@ no random generator, no state and no file. `scenes_oracle` reads images back.
 Letters: S image side in pixels, n images, m things of a group, W side of a thing's box.
 """
 
+import cmath
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -185,15 +187,12 @@ def parse(text: str) -> Scene:
     pattern, meaning = _grammar()
     match = pattern.fullmatch(' '.join(text.lower().split()))
     if match is None or (match[1] is None) == (match[9] is None):
-        raise ValueError(f'not a caption of a scene: {text!r}; one reads {EXAMPLE!r}')
+        raise ValueError(f'not a caption of a scene: {text!r}; one is '
+                         "'a small red circle above a large blue star on a white background'")
     things = [Thing(meaning[match[2]], match[3], match[4])]
     if match[5]:
         things.append(Thing(meaning[match[6]], match[7], match[8]))
     return Scene(tuple(things), meaning[match[5]] if match[5] else '', match[1] or match[9])
-
-
-EXAMPLE = caption(Scene((Thing('small', 'red', 'circle'), Thing('large', 'blue', 'star')),
-                        'left of', 'white'))
 
 
 # Below, scenes are rows (background, relation, size, colour, shape, size, colour, shape)
@@ -358,13 +357,13 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
         return np.maximum(circle, RING_HOLE * r - r - circle)
     x = np.abs(x)
     if shape == 'triangle':  # equilateral, tip up
-        return np.maximum(np.maximum(np.sqrt(0.75) * x - 0.5 * y, y) - r / 2, circle)
+        return np.maximum(np.maximum(math.sqrt(0.75) * x - 0.5 * y, y) - r / 2, circle)
     # A star of five points, one up: fold every point onto the nearest tip's axis.
     along = -y
-    for angle in (0.4 * np.pi, 0.8 * np.pi):
-        along = np.maximum(along, np.sin(angle) * x - np.cos(angle) * y)
+    for angle in (0.4 * math.pi, 0.8 * math.pi):
+        along = np.maximum(along, math.sin(angle) * x - math.cos(angle) * y)
     across = np.sqrt(np.maximum(squared - along * along, 0))
-    notch = STAR_NOTCH * np.exp(0.2j * np.pi)
+    notch = STAR_NOTCH * cmath.exp(0.2j * math.pi)
     edge = abs(1 - notch)
     star = notch.imag / edge * (along - r) + (1 - notch.real) / edge * across
     return np.maximum(star, circle)

@@ -58,4 +58,4 @@ def kl_to_uniform(logits: jax.Array) -> jax.Array:
       float32 [...], ln K minus the entropy, in [0, ln K].
     """
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return jnp.log(logits.shape[-1]) + jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
+    return jnp.sum(jnp.exp(log_q) * (log_q + jnp.log(logits.shape[-1])), axis=-1)

@@ -1,0 +1,315 @@
+"""The residual stack that DALL-E, CLIP and priors share: declaration, forward pass, cached steps.
+
+Pre-norm blocks of attention and MLP with one attention pattern a layer (Ramesh et al. 2021, app.
+B.1; Child et al. 2019). The residual stream, layernorms and sums stay float32; the branches compute
+in `dtype` (Ramesh et al. 2021, fig. 4).
+
+Layers are stored as they are run. Groups of four are stacked and scanned, so that a program's size
+does not grow with depth; one to four layers that end the stack, among them the last with its own
+pattern, are unrolled:
+
+    {'body': {'0'..'3': layer with a leading axis [groups]}, 'tail': {'0'..: layer}, 'norm': ...}
+    layer = {'attention': {'norm', 'qkv', 'out'}, 'mlp': {'norm', 'up', 'down'}}
+
+Stacks of up to four layers have no body.
+
+B batch, L length, d width, H heads, D = d / H; N candidates of one caption.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dalle_jax.models import attention
+from dalle_jax.models.attention import PATTERNS, Layout
+from dalle_jax.models.context import unconstrained
+from dalle_jax.models.layers import (
+    Param, dense, dense_params, layer_norm, norm_params, stacked)
+
+PERIOD = 4  # layers of a group of the body
+
+ACTIVATIONS = {
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # Child et al. 2019; CLIP
+    'gelu': jax.nn.gelu,
+    'relu': jax.nn.relu,
+}
+
+# What a layer keeps for its backward pass, beside its input.
+REMAT = {
+    'none': None,
+    'dots': jax.checkpoint_policies.save_only_these_names('qkv', 'attended', 'out', 'up'),
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """A stack of layers.
+
+    Attributes:
+      depth: layers, each an attention and an MLP block.
+      width: d.
+      heads: H.
+      patterns: attention pattern of each layer, see attention.py; or 'bidirectional'. Within the
+        body they repeat with period 4.
+      layout: of the states; None where all patterns are 'causal' or 'bidirectional'.
+      mlp_ratio: hidden units of an MLP block, in widths.
+      activation: a key of ACTIVATIONS.
+      eps: of the layernorms.
+      std: of the initial matrices.
+      residual_std: of the matrices that write into the residual stream; None: std / sqrt(2 depth),
+        so that the stream's variance does not grow with depth (Child et al. 2019).
+
+    Raises:
+      ValueError: on values that do not fit together.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    patterns: tuple[str, ...]
+    layout: Layout | None = None
+    mlp_ratio: int = 4
+    activation: str = 'quick_gelu'
+    eps: float = 1e-5
+    std: float = 0.02
+    residual_std: float | None = None
+
+    def __post_init__(self):
+        for name in ('depth', 'width', 'heads', 'mlp_ratio'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'transformer: {name}={getattr(self, name)} must be at least 1')
+        if self.width % self.heads:
+            raise ValueError(f'transformer: width={self.width} is not divisible by '
+                             f'heads={self.heads}; change one of them')
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f'transformer: activation={self.activation!r}; choose one of '
+                             f'{tuple(ACTIVATIONS)}')
+        if len(self.patterns) != self.depth:
+            raise ValueError(f'transformer: {len(self.patterns)} patterns for depth={self.depth}; '
+                             'give one a layer')
+        for pattern in self.patterns:
+            if pattern not in (*PATTERNS, 'bidirectional'):
+                raise ValueError(f'transformer: pattern {pattern!r}; choose from '
+                                 f"{(*PATTERNS, 'bidirectional')}")
+        body = self.patterns[:PERIOD * self.groups]
+        if body != body[:PERIOD] * self.groups:
+            raise ValueError(f'transformer: patterns={self.patterns}: the first {len(body)} layers '
+                             f'run in groups of {PERIOD} and must repeat with that period')
+
+    @property
+    def groups(self) -> int:
+        """Groups of four layers in the body."""
+        return (self.depth - 1) // PERIOD
+
+    @property
+    def tail(self) -> int:
+        """Layers behind the body, 1 to 4."""
+        return self.depth - PERIOD * self.groups
+
+
+def dalle_patterns(depth: int) -> tuple[str, ...]:
+    """Row, column, row, row, and so on; the last layer is convolutional (app. B.1)."""
+    return tuple('conv' if i == depth else 'column' if (i - 2) % 4 == 0 else 'row'
+                 for i in range(1, depth + 1))
+
+
+def declare(config: BlockConfig) -> dict[str, Any]:
+    """The stack's parameters, for layers.Declared.
+
+    The qkv kernel's columns are [H, 3, D], so that a division of them divides heads. The down
+    kernel is [d, mlp], transposed: with the shorter side first its gradient is 1.5 times as fast
+    on CPUs, and low-rank compression of gradients needs no transpose.
+    """
+    d, hidden = config.width, config.mlp_ratio * config.width
+    residual_std = config.residual_std
+    if residual_std is None:
+        residual_std = config.std / (2 * config.depth) ** 0.5
+    layer = {
+        'attention': {
+            'norm': norm_params(d),
+            'qkv': dense_params(d, 3 * d, ('embed', 'heads'), config.std),
+            'out': dense_params(d, d, ('heads', 'embed'), residual_std),
+        },
+        'mlp': {
+            'norm': norm_params(d),
+            'up': dense_params(d, hidden, ('embed', 'mlp'), config.std),
+            'down': {'kernel': Param((d, hidden), ('embed', 'mlp'), residual_std),
+                     'bias': Param((d,), (None,))},
+        },
+    }
+    stack = {'tail': {str(i): layer for i in range(config.tail)}, 'norm': norm_params(d)}
+    if config.groups:
+        stack['body'] = {str(i): stacked(layer, config.groups) for i in range(PERIOD)}
+    return stack
+
+
+def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32,
+            remat: str = 'none', constrain: Callable = unconstrained) -> jax.Array:
+    """All layers and the final layernorm.
+
+    Args:
+      params: as declared by `declare`.
+      x: [B, L, d].
+      dtype: of the branches.
+      remat: what is recomputed in the backward pass. 'none': nothing; 'dots': all but the results
+        of the matrix products; 'full': each layer from its input.
+      constrain: Context.constrain.
+
+    Returns:
+      float32 [B, L, d].
+    """
+    def attend(kind, place, q, k, v):
+        del place
+        return attention.attend(kind, q, k, v, config.layout), None
+
+    x, _ = _run(params, config, x, attend, dtype, remat, constrain)
+    return layer_norm(x, params['norm'], config.eps)
+
+
+def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32) -> Any:
+    """Keys and values of the text states [B, T, d], which see nothing but text.
+
+    Returns:
+      a tree {'body': {'0'..'3'}, 'tail': {'0'..}} of arrays [layers, 2, B, H, T, D] in `dtype`,
+      where layers is the number of groups, or 1.
+    """
+    def attend(kind, place, q, k, v):
+        del kind, place
+        return attention.attend('causal', q, k, v), jnp.stack([k, v])
+
+    return _run(params, config, x, attend, dtype)[1]
+
+
+def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = jnp.float32
+                 ) -> Any:
+    """Caches for `step` in front of the first image state.
+
+    Returns:
+      a tree like `prefill`'s of zeros [layers, lanes, 2, B, H, N, S, D]; see attention.py.
+    """
+    def empty(kind, layers):
+        lanes, slots = attention.cache_shape(kind, config.layout)
+        return jnp.zeros((layers, lanes, 2, batch, config.heads, candidates, slots,
+                          config.width // config.heads), dtype)
+
+    return _by_place(config, lambda place, kind: empty(
+        kind, config.groups if place[0] == 'body' else 1))
+
+
+def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, text: Any,
+         caches: Any, *, dtype: Any = jnp.float32) -> tuple[jax.Array, Any]:
+    """All layers for the next image state of each of N candidates.
+
+    The caches are only read while the layers run; the new keys and values leave the layers' scan as
+    its outputs and are then written at once. So a step moves a state's worth of cache, not all.
+
+    Args:
+      x: [B, N, d].
+      position: int32 scalar, index of the image state; may be traced.
+      text: from `prefill`.
+      caches: from `empty_caches` or the step before.
+
+    Returns:
+      float32 [B, N, d] behind the final layernorm, and the caches.
+    """
+    def attend(kind, place, q, k, v):
+        *name, layer = place
+        cache, prompt = caches[name[0]][name[1]], text[name[0]][name[1]]
+        lane, _ = attention.cache_address(kind, config.layout, position)
+        start = (layer, lane) + (0,) * (cache.ndim - 2)
+        cache = lax.dynamic_slice(cache, start, (1, 1, *cache.shape[2:]))[0, 0]
+        prompt = lax.dynamic_index_in_dim(prompt, layer, keepdims=False)
+        visible = attention.cache_visible(kind, config.layout, position)
+        out = attention.attend_cached(q, k, v, prompt, cache, visible)
+        return out, jnp.stack([k, v])
+
+    x, new = _run(params, config, x, attend, dtype)
+
+    def write(place, kind):
+        cache, update = caches[place[0]][place[1]], new[place[0]][place[1]]
+        lane, slot = attention.cache_address(kind, config.layout, position)
+        # [layers, 2, B, H, N, D] at a lane and a slot.
+        return lax.dynamic_update_slice(
+            cache, update[:, None, ..., None, :], (0, lane, 0, 0, 0, 0, slot, 0))
+
+    return layer_norm(x, params['norm'], config.eps), _by_place(config, write)
+
+
+def _by_place(config, function):
+    """{'body': {'0'..'3'}, 'tail': {'0'..}} of function((part, name), pattern)."""
+    tail = config.patterns[PERIOD * config.groups:]
+    tree = {'tail': {str(i): function(('tail', str(i)), kind) for i, kind in enumerate(tail)}}
+    if config.groups:
+        tree['body'] = {str(i): function(('body', str(i)), kind)
+                        for i, kind in enumerate(config.patterns[:PERIOD])}
+    return tree
+
+
+def _run(params, config, x, attend, dtype, remat='none', constrain=unconstrained):
+    """All layers.
+
+    Args:
+      attend: (pattern, place, q, k, v) -> output like q, and a tree to keep. A place is 'body' or
+        'tail', the name in it, and the index in the stack of that name, which may be traced.
+
+    Returns:
+      x, and what each layer kept, stacked: {'body': {'0'..'3'}, 'tail': {'0'..}}.
+    """
+    def layer(kind, place, scanned):
+        """(params, index, x) -> x, kept."""
+        def run(layer_params, index, x):
+            return _layer(layer_params, config, x, functools.partial(attend, kind, (*place, index)),
+                          dtype, constrain)
+
+        if remat == 'none':
+            return run
+        # Forward and backward of a scan are different loops, so CSE cannot undo the recomputing.
+        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=not scanned)
+
+    def group(x, scanned):
+        group_params, index = scanned
+        kept = {}
+        for name, run in body.items():
+            x, kept[name] = run(group_params[name], index, x)
+        return x, kept
+
+    runs = _by_place(config, lambda place, kind: layer(kind, place, place[0] == 'body'))
+    x, kept = constrain(x, ('batch', None, None)), {'tail': {}}
+    if config.groups:
+        body = runs['body']
+        x, kept['body'] = lax.scan(group, x, (params['body'], jnp.arange(config.groups)))
+    for name, run in runs['tail'].items():
+        x, kept['tail'][name] = run(params['tail'][name], 0, x)
+    kept['tail'] = jax.tree.map(lambda leaf: leaf[None], kept['tail'])
+    return x, kept
+
+
+def _layer(params, config, x, attend, dtype, constrain):
+    """One layer on the residual stream [B, L, d], float32."""
+    batch, length, d = x.shape
+    p = params['attention']
+    h = layer_norm(x, p['norm'], config.eps)
+    qkv = checkpoint_name(dense(h, p['qkv'], dtype), 'qkv')
+    qkv = qkv.reshape(batch, length, config.heads, 3, d // config.heads)
+    # A split, because its gradient is a concatenation: slices would be padded and added.
+    q, k, v = (constrain(part[:, :, :, 0].swapaxes(1, 2), ('batch', 'heads', None, None))
+               for part in lax.split(qkv, (1, 1, 1), axis=3))
+    out, kept = attend(q, k, v)
+    out = checkpoint_name(out.swapaxes(1, 2).reshape(batch, length, d), 'attended')
+    out = checkpoint_name(dense(out, p['out'], dtype), 'out')
+    x = constrain(x + out.astype(jnp.float32), ('batch', None, None))
+
+    p = params['mlp']
+    h = layer_norm(x, p['norm'], config.eps)
+    hidden = checkpoint_name(dense(h, p['up'], dtype), 'up')
+    hidden = ACTIVATIONS[config.activation](constrain(hidden, ('batch', None, 'mlp')))
+    down = {'kernel': p['down']['kernel'].T, 'bias': p['down']['bias']}
+    x = x + dense(hidden, down, dtype).astype(jnp.float32)
+    return constrain(x, ('batch', None, None)), kept
