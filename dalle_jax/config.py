@@ -44,6 +44,7 @@ class LoopConfig:
     Attributes:
       steps: batches to train on.
       group: steps in one dispatch to the device (a scan); every interval is a multiple of it.
+        1 on CPU, where XLA is slow inside loops (see training.step.make_train).
       log_every, valid_every, snapshot_every, save_every: intervals in steps; 0 switches it off,
         except that a run always validates and saves at its end.
       valid_batches: number of fixed held-out batches a validation averages over.

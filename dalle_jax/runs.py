@@ -210,7 +210,9 @@ def start_jax(cpu_devices: int = 1) -> None:
     run of the same experiment starts at once.
     """
     import jax
+    from absl import logging
 
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
     cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'dalle_jax' / 'xla'
     jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)

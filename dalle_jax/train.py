@@ -112,7 +112,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     frozen_params = {role: jax.device_put(f.params, partition.replicated(mesh))
                      for role, f in frozen.items()}
     frozen_static = tuple((role, f.module, f.config) for role, f in frozen.items())
-    train = step_lib.make_train(task, state)
+    train = step_lib.make_train(task, state, loop.group)
     validate = step_lib.make_validate(task)
     log.start_log(first)
     count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -150,7 +150,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
                                 workers=experiment.data.workers)
     for step, batch in batches:
         done = step + loop.group
-        state, metrics = train(state, partition.put_batch(batch, mesh, stacked=True),
+        state, metrics = train(state, partition.put_batch(batch, mesh, stacked=loop.group > 1),
                                frozen_params, frozen_static)
         if step == first:
             jax.block_until_ready(metrics)

@@ -80,7 +80,7 @@ def _small(variant, args):
             schedule='cosine', warmup=20, decay_updates=steps, end_lr=2.4e-4, b2=0.98,
             weight_decay=0.01, decay=r'(qkv|out|up|down)(/kernel)?$', clip=1.0,
             average_decay=0.98),
-        loop=dict(steps=steps, group=10, log_every=50, valid_every=steps // 2, valid_batches=16,
+        loop=dict(steps=steps, log_every=50, valid_every=steps // 2, valid_batches=16,
                   snapshot_every=steps // 2, save_every=100, prng='rbg'),
         mesh=dict(replica=1, fsdp=-1, tensor=1),
         init_from='',

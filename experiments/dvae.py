@@ -84,7 +84,7 @@ def _small(variant, args):
             name='muon', muon=r'group_.*kernel', peak_lr=6e-3, schedule='cosine', warmup=30,
             decay_updates=steps, end_lr=1e-4, b2=0.95, weight_decay=1e-4, decay='kernel', clip=1.0,
             average_decay=0.98),
-        loop=dict(steps=steps, group=10, log_every=50, valid_every=steps, valid_batches=8,
+        loop=dict(steps=steps, log_every=50, valid_every=steps, valid_batches=8,
                   snapshot_every=steps // 2, save_every=100, prng='rbg'),
         mesh=dict(replica=1, fsdp=-1, tensor=1),
         init_from='',

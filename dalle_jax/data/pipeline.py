@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from dalle_jax.data import images
-from dalle_jax.data.records import BadRecord, Source
+from dalle_jax.data.records import BadRecord, Record, Source
 from dalle_jax.data.text import Tokenizer
 
 ATTEMPTS = 16
@@ -93,6 +93,8 @@ class Pipeline:
         if crop not in images.CROPS:
             raise ValueError(f'crop {crop!r} is none of {", ".join(images.CROPS)}')
         self._source = source
+        # A source that makes many records at once more cheaply, and none of them bad, says so.
+        self._records = getattr(source, 'records', None)
         self._batch_size = batch_size
         self._seed = seed
         self._image_size = image_size
@@ -122,8 +124,9 @@ class Pipeline:
             batch['image'] = np.empty((len(positions), side, side, 3), np.uint8)
         if self._text_length:
             batch['text'] = np.zeros((len(positions), self._text_length), np.int32)
+        records = self._records(indices) if self._records else [None] * len(indices)
         for row, (position, index) in enumerate(zip(positions.tolist(), indices.tolist())):
-            for name, value in self._example(position, index).items():
+            for name, value in self._example(position, index, records[row]).items():
                 batch[name][row] = value
         return batch
 
@@ -145,15 +148,16 @@ class Pipeline:
             raise ValueError(f'steps {start} to {stop} do not divide into groups of {group}')
         return Prefetch(self, start, stop, group, workers, depth)
 
-    def _example(self, position: int, index: int) -> Batch:
+    def _example(self, position: int, index: int, record: Record | None) -> Batch:
         """The arrays of one row; where its record is bad, of another one in its place."""
         reasons = []
         for attempt in range(ATTEMPTS):
             if attempt:
                 index = int(_hash(self._seed, position, attempt)[0] % len(self._source))
+                record = None
             rng = np.random.default_rng((self._seed, position, attempt))
             try:
-                return self._prepare(index, rng)
+                return self._prepare(record or self._source[index], rng)
             except BadRecord as error:
                 reasons.append(str(error))
                 self._note_bad(str(error))
@@ -161,8 +165,7 @@ class Pipeline:
             f'{ATTEMPTS} records in a row are bad ({self.problems.replaced} bad ones so far, of '
             f'{len(self._source)} in the source); the last ones:\n  ' + '\n  '.join(reasons[-4:]))
 
-    def _prepare(self, index: int, rng: np.random.Generator) -> Batch:
-        record = self._source[index]
+    def _prepare(self, record: Record, rng: np.random.Generator) -> Batch:
         example = {}
         if self._text_length:
             if not record.captions:

@@ -96,20 +96,15 @@ class SceneConfig:
     def __post_init__(self):
         room = self.size / 2 - RADII[1] * self.size - self.margin
         for name, low, high in (
-            ('size', 32, 1024),
-            ('colours', 2, len(COLOURS)),
-            ('backgrounds', 1, len(BACKGROUNDS)),
-            ('templates', 1, MAX_TEMPLATES),
-            ('token', 0, int(room)),
-        ):
+                ('size', 32, 1024), ('colours', 2, len(COLOURS)), ('token', 0, int(room)),
+                ('backgrounds', 1, len(BACKGROUNDS)), ('templates', 1, MAX_TEMPLATES)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(
                     f'scenes: {name}={value!r} must be an integer from {low} to {high}'
                     + (f' (what fits an image of {self.size} px)' if name == 'token' else ''))
         if not 0 <= self.freedom <= 1:
-            raise ValueError(f'scenes: freedom={self.freedom!r} must be a fraction of the image '
-                             'side from 0 (on the anchors) to 1 (anywhere)')
+            raise ValueError(f'scenes: freedom={self.freedom!r} must be a fraction of the side, 0..1')
 
     @property
     def margin(self) -> float:
@@ -252,30 +247,38 @@ class Scenes:
         return self.length
 
     def __getitem__(self, index: int) -> Record:
+        return self.records([index])[0]
+
+    def records(self, indices: Sequence[int] | np.ndarray) -> list[Record]:
+        """Many records at a quarter of the cost of one by one."""
+        rows, draws = self._draw(indices)
+        images = _render(self.config, rows, _place(self.config, rows, draws))
+        return [Record(image, self._captions(row, draw), f'scenes/{self.split}/{self.seed}/{index}')
+                for image, row, draw, index in zip(images, rows.tolist(), draws, indices)]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of record `index`, without drawing it."""
         rows, draws = self._draw([index])
-        image = _render(self.config, rows, _place(self.config, rows, draws))[0]
-        scene = _scene(rows[0].tolist(), draws[0, 2] < 0.5)
-        captions = tuple(caption(scene, t) for t in range(self.config.templates))
-        return Record(image, captions, f'scenes/{self.split}/{self.seed}/{index}')
+        return self._captions(rows[0].tolist(), draws[0])
 
     def scene(self, index: int) -> Scene:
         """What record `index` shows, in the words of its first caption."""
-        rows, draws = self._draw([index])
-        return _scene(rows[0].tolist(), draws[0, 2] < 0.5)
+        return parse(self.caption(index))
 
     def caption(self, index: int) -> str:
         """The first caption of record `index`."""
-        return caption(self.scene(index))
+        return self.captions(index)[0]
+
+    def _captions(self, row: Sequence[int], draws: np.ndarray) -> tuple[str, ...]:
+        scene = _scene(row, draws[2] < 0.5)
+        return tuple(caption(scene, t) for t in range(self.config.templates))
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The images of many records, uint8 [n, S, S, 3]; faster than one by one."""
-        size = self.config.size
-        images = np.empty((len(indices), size, size, 3), np.uint8)
-        for start in range(0, len(indices), CHUNK):
-            rows, draws = self._draw(indices[start:start + CHUNK])
-            images[start:start + CHUNK] = _render(
-                self.config, rows, _place(self.config, rows, draws))
-        return images
+        parts = [indices[start:start + CHUNK] for start in range(0, len(indices), CHUNK)]
+        drawn = [self._draw(part) for part in parts]
+        return np.concatenate([_render(self.config, rows, _place(self.config, rows, draws))
+                               for rows, draws in drawn])
 
     def _draw(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The scenes of records, int64 [n, 8], and their random numbers, [n, 11] in [0, 1)."""

@@ -17,6 +17,7 @@ n blocks; N candidates of one caption; S slots of a cache.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -251,14 +252,14 @@ def cache_visible(kind: str, layout: Layout, position: jax.Array) -> jax.Array:
     return (behind <= position) & jnp.asarray(in_pattern)[behind]
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, text: jax.Array, cache: jax.Array,
-                  visible: jax.Array) -> jax.Array:
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, text: Sequence[jax.Array],
+                  cache: Sequence[jax.Array], visible: jax.Array) -> jax.Array:
     """Attention of one new image state of each of N candidates: to the text, its cache and itself.
 
     Args:
       q, k, v: [B, H, N, D], of the new state.
-      text: [2, B, H, T, D], keys and values of the caption, shared by its candidates.
-      cache: [2, B, H, N, S, D], the lane of the state at hand.
+      text: keys and values [B, H, T, D] of the caption, shared by its candidates.
+      cache: keys and values [B, H, N, S, D], the lane of the state at hand.
       visible: bool [S].
 
     Returns:
@@ -267,7 +268,7 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, text: jax.Array, cac
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
     on_text = scale * contract('bhnd,bhtd->bhnt', q, text[0], dtype)
     on_cache = scale * contract('bhnd,bhnsd->bhns', q, cache[0], dtype)
-    on_cache = jnp.where(visible, on_cache, _MASKED)
+    on_cache = jnp.where(visible[None, None, None], on_cache, _MASKED)
     on_self = scale * contract('bhnd,bhnd->bhn', q, k, dtype)[..., None]
     top = jnp.maximum(jnp.maximum(on_text.max(-1, keepdims=True),
                                   on_cache.max(-1, keepdims=True)), on_self)

@@ -106,8 +106,10 @@ def _aligned(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 def dense(x: jax.Array, params: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
     """x [..., inputs] @ kernel + bias, computed and returned in `dtype`."""
-    return x.astype(dtype) @ params['kernel'].astype(dtype) + _aligned(
-        params['bias'].astype(dtype), x)
+    # As one matrix: over several axes, CPUs transpose the operands of the kernel's gradient.
+    rows = x.astype(dtype).reshape(-1, x.shape[-1])
+    rows = rows @ params['kernel'].astype(dtype) + params['bias'].astype(dtype)[None]
+    return rows.reshape(*x.shape[:-1], -1)
 
 
 # Recomputed in the backward pass from x, which is kept anyway, so that no other [..., d] array is;

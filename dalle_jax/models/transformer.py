@@ -177,12 +177,12 @@ def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
     """Keys and values of the text states [B, T, d], which see nothing but text.
 
     Returns:
-      a tree {'body': {'0'..'3'}, 'tail': {'0'..}} of arrays [layers, 2, B, H, T, D] in `dtype`,
-      where layers is the number of groups, or 1.
+      a tree {'body': {'0'..'3'}, 'tail': {'0'..}} of pairs of arrays [layers, B, H, T, D] in
+      `dtype`, where layers is the number of groups, or 1.
     """
     def attend(kind, place, q, k, v):
         del kind, place
-        return attention.attend('causal', q, k, v), jnp.stack([k, v])
+        return attention.attend('causal', q, k, v), (k, v)
 
     return _run(params, config, x, attend, dtype)[1]
 
@@ -192,15 +192,15 @@ def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = 
     """Caches for `step` in front of the first image state.
 
     Returns:
-      a tree like `prefill`'s of zeros [layers, lanes, 2, B, H, N, S, D]; see attention.py.
+      a tree like `prefill`'s of pairs of zeros [layers, lanes, B, H, N, S, D]; see attention.py.
     """
-    def empty(kind, layers):
+    def empty(place, kind):
         lanes, slots = attention.cache_shape(kind, config.layout)
-        return jnp.zeros((layers, lanes, 2, batch, config.heads, candidates, slots,
-                          config.width // config.heads), dtype)
+        shape = (config.groups if place[0] == 'body' else 1, lanes, batch, config.heads,
+                 candidates, slots, config.width // config.heads)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    return _by_place(config, lambda place, kind: empty(
-        kind, config.groups if place[0] == 'body' else 1))
+    return _by_place(config, empty)
 
 
 def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, text: Any,
@@ -220,24 +220,25 @@ def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, te
       float32 [B, N, d] behind the final layernorm, and the caches.
     """
     def attend(kind, place, q, k, v):
-        *name, layer = place
-        cache, prompt = caches[name[0]][name[1]], text[name[0]][name[1]]
+        part, name, layer = place
         lane, _ = attention.cache_address(kind, config.layout, position)
-        start = (layer, lane) + (0,) * (cache.ndim - 2)
-        cache = lax.dynamic_slice(cache, start, (1, 1, *cache.shape[2:]))[0, 0]
-        prompt = lax.dynamic_index_in_dim(prompt, layer, keepdims=False)
+        cache = [lax.dynamic_slice(c, (layer, lane) + (0,) * 5, (1, 1, *c.shape[2:]))[0, 0]
+                 for c in caches[part][name]]
+        prompt = [lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in text[part][name]]
         visible = attention.cache_visible(kind, config.layout, position)
-        out = attention.attend_cached(q, k, v, prompt, cache, visible)
-        return out, jnp.stack([k, v])
+        return attention.attend_cached(q, k, v, prompt, cache, visible), (k, v)
 
     x, new = _run(params, config, x, attend, dtype)
+    # The write waits for the reads, or the compiler would copy the caches to be safe.
+    x, new = lax.optimization_barrier((x, new))
 
     def write(place, kind):
-        cache, update = caches[place[0]][place[1]], new[place[0]][place[1]]
+        part, name = place
         lane, slot = attention.cache_address(kind, config.layout, position)
-        # [layers, 2, B, H, N, D] at a lane and a slot.
-        return lax.dynamic_update_slice(
-            cache, update[:, None, ..., None, :], (0, lane, 0, 0, 0, 0, slot, 0))
+        return tuple(  # [layers, B, H, N, D] at a lane and a slot
+            lax.dynamic_update_slice(cache, update[:, None, ..., None, :],
+                                     (0, lane, 0, 0, 0, slot, 0))
+            for cache, update in zip(caches[part][name], new[part][name]))
 
     return layer_norm(x, params['norm'], config.eps), _by_place(config, write)
 

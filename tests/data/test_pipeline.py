@@ -299,7 +299,7 @@ def test_prefetch_passes_errors_on_with_their_traceback():
             steps.append(step)
     assert steps == [0, 1, 2, 3, 4]
     frames = [frame.name for frame in traceback.extract_tb(error.value.__traceback__)]
-    assert '__getitem__' in frames and '_prepare' in frames
+    assert '__getitem__' in frames and '_example' in frames
     assert list(batches) == []
 
 
