@@ -19,7 +19,7 @@ B batch, L length, d width, H heads, D = d / H; N candidates of one caption.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -187,28 +187,41 @@ def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
     return _run(params, config, x, attend, dtype)[1]
 
 
-def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = jnp.float32
-                 ) -> Any:
-    """Caches for `step` in front of the first image state.
+class Caches(NamedTuple):
+    """Keys and values of the image states so far.
 
-    Returns:
-      a tree like `prefill`'s of pairs of zeros [layers, lanes, B, H, N, S, D]; see attention.py.
+    Attributes:
+      past: all but the last state's: a tree like `prefill`'s of pairs of arrays
+        [layers, lanes, B, H, N, S, D], see attention.py.
+      last: the last state's: pairs of arrays [layers, B, H, N, D].
     """
-    def empty(place, kind):
-        lanes, slots = attention.cache_shape(kind, config.layout)
-        shape = (config.groups if place[0] == 'body' else 1, lanes, batch, config.heads,
-                 candidates, slots, config.width // config.heads)
+
+    past: Any
+    last: Any
+
+
+def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = jnp.float32
+                 ) -> Caches:
+    """Caches for `step` in front of the first image state, of `candidates` images a caption."""
+    def empty(place, kind, *shape):
+        layers = config.groups if place[0] == 'body' else 1
+        heads = (batch, config.heads, candidates)
+        shape = (layers, *shape[:1], *heads, *shape[1:], config.width // config.heads)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    return _by_place(config, empty)
+    return Caches(
+        _by_place(config, lambda place, kind: empty(
+            place, kind, *attention.cache_shape(kind, config.layout))),
+        _by_place(config, empty))
 
 
 def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, text: Any,
-         caches: Any, *, dtype: Any = jnp.float32) -> tuple[jax.Array, Any]:
+         caches: Caches, *, dtype: Any = jnp.float32) -> tuple[jax.Array, Caches]:
     """All layers for the next image state of each of N candidates.
 
-    The caches are only read while the layers run; the new keys and values leave the layers' scan as
-    its outputs and are then written at once. So a step moves a state's worth of cache, not all.
+    A step first writes the state before it into the caches, and while the layers run they are only
+    read; the new keys and values leave the layers' scan as its outputs. So a step moves one
+    state's worth of cache: written in the layers, or after reading, the compiler would copy it.
 
     Args:
       x: [B, N, d].
@@ -219,28 +232,27 @@ def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, te
     Returns:
       float32 [B, N, d] behind the final layernorm, and the caches.
     """
+    def write(place, kind):
+        part, name = place
+        # The first step writes the zeros of `empty_caches` where there are zeros.
+        lane, slot = attention.cache_address(kind, config.layout, position - 1)
+        return tuple(
+            lax.dynamic_update_slice(past, last[:, None, ..., None, :], (0, lane, 0, 0, 0, slot, 0))
+            for past, last in zip(caches.past[part][name], caches.last[part][name]))
+
+    past = _by_place(config, write)
+
     def attend(kind, place, q, k, v):
         part, name, layer = place
         lane, _ = attention.cache_address(kind, config.layout, position)
         cache = [lax.dynamic_slice(c, (layer, lane) + (0,) * 5, (1, 1, *c.shape[2:]))[0, 0]
-                 for c in caches[part][name]]
+                 for c in past[part][name]]
         prompt = [lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in text[part][name]]
         visible = attention.cache_visible(kind, config.layout, position)
         return attention.attend_cached(q, k, v, prompt, cache, visible), (k, v)
 
-    x, new = _run(params, config, x, attend, dtype)
-    # The write waits for the reads, or the compiler would copy the caches to be safe.
-    x, new = lax.optimization_barrier((x, new))
-
-    def write(place, kind):
-        part, name = place
-        lane, slot = attention.cache_address(kind, config.layout, position)
-        return tuple(  # [layers, B, H, N, D] at a lane and a slot
-            lax.dynamic_update_slice(cache, update[:, None, ..., None, :],
-                                     (0, lane, 0, 0, 0, slot, 0))
-            for cache, update in zip(caches[part][name], new[part][name]))
-
-    return layer_norm(x, params['norm'], config.eps), _by_place(config, write)
+    x, last = _run(params, config, x, attend, dtype)
+    return layer_norm(x, params['norm'], config.eps), Caches(past, last)
 
 
 def _by_place(config, function):

@@ -85,6 +85,8 @@ def train_step(state: State, batch: Mapping[str, jax.Array], frozen: Mapping[str
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
     params, moments = optimizer.update(
         state.params, clip_by_norm(grads, norm, task.optimizer.clip), state.moments, state.updates)
+    if hasattr(task.model, 'constrain_params'):
+        params = task.model.constrain_params(params)
     updates = state.updates + 1
     averages = average(state.averages, params, updates, task.optimizer) if state.averages else {}
     updated = State(state.step, updates, params, model_state, moments, averages, state.key)
@@ -162,6 +164,9 @@ def _gradients(state, batch, frozen, key, task):
         return grads, means(terms, metrics), model_state
 
     n = task.microbatches
+    if getattr(task.model, 'couples_batch', False):
+        raise ValueError(f'{task.model.__name__} compares the examples of a batch with each other, '
+                         f'so loop.microbatches={n} would change the loss; set it to 1')
     parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
     keys = jax.random.split(key, n)
     # Counts depend on the batch alone, so the compiler drops the forward pass of this first loop.
