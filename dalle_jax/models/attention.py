@@ -131,11 +131,20 @@ def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout |
     return jnp.concatenate([text, image], axis=2)
 
 
+def weights(kind: str, q: jax.Array, k: jax.Array, layout: Layout) -> jax.Array:
+    """The attention weights themselves, float32 [B, H, L, L]; for looking at, not for training."""
+    return _weights(q, k, mask(kind, layout))
+
+
+def _weights(q, k, allowed):
+    """softmax(q k / sqrt(D)) under a mask [L, L]."""
+    scores = contract('bhqd,bhkd->bhqk', q, k, q.dtype) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(allowed[None, None], scores, _MASKED))
+
+
 def _dense(q, k, v, allowed):
     """Attention under a mask [L, L]."""
-    scores = contract('bhqd,bhkd->bhqk', q, k, q.dtype) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(allowed[None, None], scores, _MASKED))
-    return contract('bhqk,bhkd->bhqd', weights, v, v.dtype).astype(v.dtype)
+    return contract('bhqk,bhkd->bhqd', _weights(q, k, allowed), v, v.dtype).astype(v.dtype)
 
 
 def _image(kind, q, k, v, k_text, v_text, layout):
@@ -219,30 +228,31 @@ def _transposed(x: jax.Array, rows: int, columns: int) -> jax.Array:
 
 
 # -- one state at a time ---------------------------------------------------------------------------
-# A layer's cache holds, for each lane, the keys and values of some earlier image states in S slots.
-# A column layer has a lane for each column and a slot for each row, so that a step reads one
-# contiguous lane; other layers have a single lane, a ring of as many states as the pattern reaches.
+# A layer's cache holds keys and values of earlier image states in S slots. A column layer has a
+# lane of slots, one a row, for each column, so that a step reads a contiguous lane; other layers
+# have a ring of as many states as the pattern reaches.
 
 
-def cache_shape(kind: str, layout: Layout) -> tuple[int, int]:
-    """(lanes, slots) of a layer's cache."""
+def cache_shape(kind: str, layout: Layout) -> tuple[tuple[int, ...], int]:
+    """Lanes, () or (columns,), and slots of a layer's cache."""
     if kind == 'column':
-        return layout.columns, layout.rows
-    return 1, max(1, min(int(offsets(kind, layout)[-1]), layout.image - 1))
+        return (layout.columns,), layout.rows
+    return (), max(1, min(int(offsets(kind, layout)[-1]), layout.image - 1))
 
 
-def cache_address(kind: str, layout: Layout, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(lane, slot) of the image state at `position`, int32; may be traced.
-
-    In a ring it is the slot of the state that has just become too old to be seen: read, then write.
-    """
+def cache_address(kind: str, layout: Layout, position: jax.Array
+                  ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Lane, () or (column,), and slot of the image state at `position`; may be traced."""
     if kind == 'column':
-        return position % layout.columns, position // layout.columns
-    return jnp.zeros_like(position), position % cache_shape(kind, layout)[1]
+        return (position % layout.columns,), position // layout.columns
+    return (), position % cache_shape(kind, layout)[1]
 
 
 def cache_visible(kind: str, layout: Layout, position: jax.Array) -> jax.Array:
-    """Which slots of its lane the image state at `position` sees, before it is written: bool [S]."""
+    """Which slots of its lane the image state at `position` sees: bool [S].
+
+    For a cache that holds the states before it, but not yet itself.
+    """
     slots = cache_shape(kind, layout)[1]
     slot = jnp.arange(slots)
     if kind == 'column':

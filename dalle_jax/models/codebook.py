@@ -126,11 +126,11 @@ def patches(images: np.ndarray, factor: int) -> np.ndarray:
     return cut.reshape(-1, factor * factor * c)
 
 
-def informative(squares: np.ndarray, flat_share: float = 0.05) -> np.ndarray:
+def informative(squares: np.ndarray) -> np.ndarray:
     """Indices of the squares worth a centre: drawings and cartoons are mostly plain background.
 
     Keeps every square in which some colour channel varies by more than 2 of 255, and of the flat
-    ones evenly spaced as many as `flat_share` of all squares. Photographs keep nearly everything.
+    ones evenly spaced as many as 5 % of all squares. Photographs keep nearly everything.
 
     Args:
       squares: uint8 [N, f * f * 3], from `patches`.
@@ -141,7 +141,7 @@ def informative(squares: np.ndarray, flat_share: float = 0.05) -> np.ndarray:
     channels = squares.reshape(len(squares), -1, 3)
     flat = (channels.max(axis=1) - channels.min(axis=1)).max(axis=-1) <= 2
     plain = np.flatnonzero(flat)
-    kept = np.linspace(0, len(plain) - 1, min(len(plain), int(flat_share * len(squares)) + 1))
+    kept = np.linspace(0, len(plain) - 1, min(len(plain), int(0.05 * len(squares)) + 1))
     return np.union1d(np.flatnonzero(~flat), plain[kept.astype(int)])
 
 

@@ -176,6 +176,9 @@ def batch_spec(config: Config, frozen: Mapping[str, Any] | None = None
 def _embed_text(params, text):
     """Text states [B, T, d] of ids [B, T - 1]: start, then each token or its slot's padding."""
     p = params['text']
+    if text.shape[1] != len(p['pads']) - 1:
+        raise ValueError(f'dalle: captions of {text.shape[1]} tokens; pad or cut them to '
+                         f'text_length - 1 = {len(p["pads"]) - 1}')
     tokens = jnp.where((text == 0)[..., None], p['pads'][None, 1:], p['tokens'][text])
     start = jnp.broadcast_to(p['start'], (len(text), 1, p['start'].size))
     return jnp.concatenate([start, tokens], axis=1) + p['positions'][None]
@@ -331,12 +334,15 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
       the caption at temperature 1 and without filters, float32 [C, N], in nats.
     """
     captions, candidates = keys.shape
-    stack, blocks = params['transformer'], config.blocks
+    if 'rbg' in str(jax.random.key_impl(keys)):
+        raise ValueError('dalle: the numbers of rbg keys depend on the batch; make threefry2x32 keys')
+    prefix = jnp.zeros((captions, 0), jnp.int32) if prefix is None else prefix
+    kept, left = prefix.shape[1], config.image_length - prefix.shape[1]
+    if left < 0:
+        raise ValueError(f'dalle: a prefix of {kept} tokens; an image has {config.image_length}')
+    given = jnp.pad(prefix, ((0, 0), (0, left)))
+    stack, blocks, p = params['transformer'], config.blocks, params['image']
     prompt = transformer.prefill(stack, blocks, _embed_text(params, text), dtype=dtype)
-    kept = 0 if prefix is None else prefix.shape[1]
-    given = jnp.zeros((captions, config.image_length), jnp.int32)
-    given = given if prefix is None else given.at[:, :kept].set(prefix)
-    p = params['image']
 
     def draw(carry, scanned):
         caches, previous, logp = carry
@@ -372,7 +378,8 @@ def attention_maps(params: Any, config: Config, text: jax.Array, ids: jax.Array
     """
     x = jnp.concatenate([_embed_text(params, text[None]),
                          _embed_image(params, ids.reshape(1, -1)[:, :-1])], axis=1)
-    return transformer.attention_maps(params['transformer'], config.blocks, x)
+    maps = transformer.attention_maps(params['transformer'], config.blocks, x)
+    return {pattern: weights[0] for pattern, weights in maps.items()}
 
 
 def snapshot(params: Any, model_state: Any, batch: Mapping[str, jax.Array], ctx: Context

@@ -1,7 +1,7 @@
 """The discrete variational autoencoder: images to a grid of codes and back.
 
 Ramesh et al. 2021, sec. 2.1 and app. A. `Config()` is the paper's model in every constant; what the
-paper does not have (patch, bottleneck, likelihood 'mse', relaxation 'noise', codebook_init) is off
+paper does not have (patch, bottleneck, likelihood 'mse', warmup_steps, codebook_init) is off
 there and makes small models train in minutes.
 
 B batch, S image side, f downsampling factor, h = w = S / f grid side, K codes, n channels of a
@@ -47,11 +47,10 @@ class Config:
         [-1, 1], and mse_scale * squared error of the image in [0, 1]: a Gaussian's -ln density
         without its constant.
       mse_scale: 1 / (2 variance) of that Gaussian.
-      relaxation: 'gumbel'; or 'noise': a warm-up as an autoencoder that adds Gaussian noise to the
-        latent and does not use the codes. Same parameters, so a 'gumbel' run can start from it.
-      noise: standard deviation it reaches. Match the error that codes will make: 0.12 to 0.15 for
-        512 codes and 8 channels.
-      noise_steps: updates over which it rises from 0.
+      warmup_steps: updates as an autoencoder: Gaussian noise is added to the bottleneck's latent and
+        the codes are not used. The schedules below start after them.
+      noise: standard deviation of that noise, risen from 0 over the first half. Match the error that
+        codes will make: 0.12 to 0.15 for 512 codes and 8 channels.
       kl_weight, kl_steps: beta rises from 0 to kl_weight over kl_steps updates.
       temperature, temperature_steps: tau falls from 1 to temperature over temperature_steps.
       post_gain: factor of every residual branch; None: 1 / blocks^2.
@@ -74,9 +73,8 @@ class Config:
     bottleneck: int = 0
     likelihood: str = 'logit_laplace'
     mse_scale: float = 100.0
-    relaxation: str = 'gumbel'
+    warmup_steps: int = 0
     noise: float = 0.14
-    noise_steps: int = 350
     kl_weight: float = 6.6
     kl_steps: int = 5_000
     temperature: float = 1 / 16
@@ -96,14 +94,13 @@ class Config:
                 raise ValueError(f'dvae: {name}={getattr(self, name)!r}: {rule}')
 
         for name, options in (('likelihood', ('logit_laplace', 'mse')),
-                              ('relaxation', ('gumbel', 'noise')),
                               ('codebook_init', ('none', 'kmeans'))):
             require(getattr(self, name) in options, name, f'choose one of {options}')
         for name in ('image_size', 'vocab', 'hidden', 'n_init', 'groups', 'patch'):
             require(getattr(self, name) >= 1, name, 'must be at least 1')
         for name in ('mse_scale', 'codebook_sharpness'):
             require(getattr(self, name) > 0, name, 'must be positive')
-        for name in ('bottleneck', 'noise', 'kl_weight', 'noise_steps', 'kl_steps',
+        for name in ('bottleneck', 'noise', 'kl_weight', 'warmup_steps', 'kl_steps',
                      'temperature_steps'):
             require(getattr(self, name) >= 0, name, 'must not be negative')
         require(0 < self.temperature <= 1, 'temperature', 'must be in (0, 1]')
@@ -117,8 +114,9 @@ class Config:
         require(self.image_size % self.factor == 0, 'image_size',
                 f'not divisible by the downsampling factor {self.factor} = patch {self.patch} * '
                 '2**(groups-1); change image_size, patch or groups')
-        for name, option in (('relaxation', 'noise'), ('codebook_init', 'kmeans')):
-            require(self.bottleneck or getattr(self, name) != option, name,
+        for name, asked in (('warmup_steps', self.warmup_steps > 0),
+                            ('codebook_init', self.codebook_init == 'kmeans')):
+            require(self.bottleneck or not asked, name,
                     'works on the latent of a bottleneck; set bottleneck, for instance to 8')
 
     @property
@@ -311,21 +309,19 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
         raise ValueError('dvae: training draws noise and ctx.key is None; give a key')
     images = ctx.constrain(images, ('batch', None, None, None))
     latent, logits = _encode(params, config, images, ctx.dtype)
-    if config.relaxation == 'noise':
-        sd = half_cosine(ctx.step, 0.0, config.noise, config.noise_steps)
-        if ctx.key is not None:
-            latent += sd * jax.random.normal(ctx.key, latent.shape)
-        maps = _decode(params, config, latent, ctx.dtype)
-        nll = _nll(maps, images, config)
-        terms = {'reconstruction': losses.Term(nll.sum(), float(nll.size))}
-        return terms, {'noise': (sd, 1.0)} | _quality(maps, images, config), model_state
-
-    tau = half_cosine(ctx.step, 1.0, config.temperature, config.temperature_steps)
+    step = ctx.step - config.warmup_steps
+    tau = half_cosine(step, 1.0, config.temperature, config.temperature_steps)
+    beta = half_cosine(step, 0.0, config.kl_weight, config.kl_steps)
     relaxed = gumbel_softmax(logits, tau, ctx.key)
     embedded = _codebook(config).apply({'params': params['codebook']}, relaxed)
+    if config.warmup_steps:
+        noisy = latent
+        if ctx.key is not None:
+            sd = half_cosine(ctx.step, 0.0, config.noise, config.warmup_steps // 2)
+            noisy += sd * jax.random.normal(jax.random.fold_in(ctx.key, 1), latent.shape)
+        embedded = jnp.where(step < 0, noisy, embedded)
     maps = _decode(params, config, embedded, ctx.dtype)
     nll, kl = _nll(maps, images, config), losses.kl_to_uniform(logits)
-    beta = half_cosine(ctx.step, 0.0, config.kl_weight, config.kl_steps)
     terms = {
         'reconstruction': losses.Term(nll.sum(), float(nll.size)),
         'kl': losses.Term(kl.sum(), float(kl.size), beta / config.values_per_position)}
@@ -345,31 +341,34 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
 
 def snapshot(params: Any, model_state: Any, batch: Any, ctx: Context) -> dict[str, jax.Array]:
     """Originals, their reconstructions through the argmax codes, and how often each code is used.
-
-    With relaxation 'noise' the reconstructions pass the latent itself and nothing is counted.
+    During the warm-up the reconstructions pass the latent itself.
     """
     del model_state
     config, images = ctx.config, batch['image']
     latent, logits = _encode(params, config, images, ctx.dtype)
-    if config.relaxation == 'noise':
-        maps = _decode(params, config, latent, ctx.dtype)
-        return {'images/originals': images, 'images/reconstructions': read_out(maps, config)}
     ids = jnp.argmax(logits, axis=-1)
+    embedded = lookup(params, ids)
+    if config.warmup_steps:
+        embedded = jnp.where(ctx.step < config.warmup_steps, latent, embedded)
     return {'images/originals': images,
-            'images/reconstructions': decode(params, config, ids, ctx.dtype),
+            'images/reconstructions': read_out(_decode(params, config, embedded, ctx.dtype), config),
             'counts/codes': jnp.bincount(ids.reshape(-1), length=config.vocab)}
+
+
+def prepare_step(config: Config) -> int | None:
+    """The update before which `prepare` is due; None: never."""
+    return config.warmup_steps if config.codebook_init == 'kmeans' else None
 
 
 def prepare(params: Any, config: Config, batches: Iterable[Any],
             key: jax.Array) -> tuple[Any, dict[str, float]]:
-    """Puts the codes on the latents of real images, before the first update.
+    """Puts the codes on the latents of real images.
 
     Embeddings become the centres of a k-means of the latents, and the logits fall with the squared
-    distance to them, so that argmax is the nearest centre; see codebook_sharpness. Does nothing
-    unless codebook_init is 'kmeans'.
+    distance to them, so that argmax is the nearest centre; see codebook_sharpness.
 
     Args:
-      params: best trained as an autoencoder (relaxation 'noise') before.
+      params: best trained as an autoencoder (warmup_steps) before.
       config: the model's.
       batches: of {'image': uint8 [B, S, S, 3]}; codebook.gather reads as many as it needs. Every
         process of a run must pass the same ones.
@@ -381,8 +380,6 @@ def prepare(params: Any, config: Config, batches: Iterable[Any],
     Raises:
       ValueError: with fewer informative squares of pixels than codes.
     """
-    if config.codebook_init != 'kmeans':
-        return params, {}
     latents = jax.jit(lambda p, x: _encode(p, config, x, jnp.float32)[0])
     points = codebook.gather((np.asarray(batch['image']) for batch in batches),
                              lambda images: latents(params, images), config.factor, config.vocab)

@@ -165,35 +165,59 @@ def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
     Returns:
       float32 [B, L, d].
     """
-    def attend(kind, place, q, k, v):
-        del place
+    def attend(kind, place, layer, q, k, v):
+        del place, layer
         return attention.attend(kind, q, k, v, config.layout), None
 
     x, _ = _run(params, config, x, attend, dtype, remat, constrain)
     return layer_norm(x, params['norm'], config.eps)
 
 
+def attention_maps(params: Any, config: BlockConfig, x: jax.Array) -> dict[str, jax.Array]:
+    """Attention weights in the first layer of each pattern, averaged over heads.
+
+    Args:
+      x: [B, L, d].
+
+    Returns:
+      pattern -> float32 [B, L, L], queries by keys.
+    """
+    first = {}
+    for part, places in _by_place(config, lambda place, kind: kind).items():
+        for name, kind in places.items():
+            first.setdefault(kind, (part, name))
+
+    def attend(kind, place, layer, q, k, v):
+        del layer
+        seen = attention.weights(kind, q, k, config.layout).mean(1) if place == first[kind] else ()
+        return attention.attend(kind, q, k, v, config.layout), seen
+
+    _, kept = _run(params, config, x, attend, jnp.float32)
+    return {kind: kept[part][name][0] if part == 'body' else kept[part][name]
+            for kind, (part, name) in first.items()}
+
+
 def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32) -> Any:
     """Keys and values of the text states [B, T, d], which see nothing but text.
 
     Returns:
-      a tree {'body': {'0'..'3'}, 'tail': {'0'..}} of pairs of arrays [layers, B, H, T, D] in
-      `dtype`, where layers is the number of groups, or 1.
+      a tree {'body': {'0'..'3'}, 'tail': {'0'..}} of pairs of arrays [B, H, T, D] in `dtype`, in
+      the body with a leading axis [groups].
     """
-    def attend(kind, place, q, k, v):
-        del kind, place
+    def attend(kind, place, layer, q, k, v):
+        del kind, place, layer
         return attention.attend('causal', q, k, v), (k, v)
 
     return _run(params, config, x, attend, dtype)[1]
 
 
 class Caches(NamedTuple):
-    """Keys and values of the image states so far.
+    """Keys and values of the image states so far, in trees like `prefill`'s.
 
     Attributes:
-      past: all but the last state's: a tree like `prefill`'s of pairs of arrays
-        [layers, lanes, B, H, N, S, D], see attention.py.
-      last: the last state's: pairs of arrays [layers, B, H, N, D].
+      past: all but the last state's: pairs of arrays [B, H, N, S, D] with slots as attention.py
+        lays them out, behind an axis of lanes if there are any and, in the body, one of groups.
+      last: the last state's: pairs of arrays [B, H, N, D], in the body behind an axis of groups.
     """
 
     past: Any
@@ -203,25 +227,27 @@ class Caches(NamedTuple):
 def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = jnp.float32
                  ) -> Caches:
     """Caches for `step` in front of the first image state, of `candidates` images a caption."""
-    def empty(place, kind, *shape):
-        layers = config.groups if place[0] == 'body' else 1
-        heads = (batch, config.heads, candidates)
-        shape = (layers, *shape[:1], *heads, *shape[1:], config.width // config.heads)
+    heads, size = (batch, config.heads, candidates), config.width // config.heads
+
+    def pair(place, *shape):
+        shape = (config.groups, *shape) if place[0] == 'body' else shape
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
-    return Caches(
-        _by_place(config, lambda place, kind: empty(
-            place, kind, *attention.cache_shape(kind, config.layout))),
-        _by_place(config, empty))
+    def past(place, kind):
+        lanes, slots = attention.cache_shape(kind, config.layout)
+        return pair(place, *lanes, *heads, slots, size)
+
+    return Caches(_by_place(config, past),
+                  _by_place(config, lambda place, kind: pair(place, *heads, size)))
 
 
 def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, text: Any,
          caches: Caches, *, dtype: Any = jnp.float32) -> tuple[jax.Array, Caches]:
     """All layers for the next image state of each of N candidates.
 
-    A step first writes the state before it into the caches, and while the layers run they are only
-    read; the new keys and values leave the layers' scan as its outputs. So a step moves one
-    state's worth of cache: written in the layers, or after reading, the compiler would copy it.
+    A step first writes the state before it into the caches; the layers then only read them, and
+    the new keys and values leave the layers' scan as its outputs. So a step moves one state's worth
+    of cache. Written by the layers or after them, the compiler would copy all of it.
 
     Args:
       x: [B, N, d].
@@ -234,73 +260,84 @@ def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, te
     """
     def write(place, kind):
         part, name = place
-        # The first step writes the zeros of `empty_caches` where there are zeros.
+        # In front of position 0 these are zeros, and so is what they overwrite.
         lane, slot = attention.cache_address(kind, config.layout, position - 1)
-        return tuple(
-            lax.dynamic_update_slice(past, last[:, None, ..., None, :], (0, lane, 0, 0, 0, slot, 0))
-            for past, last in zip(caches.past[part][name], caches.last[part][name]))
+
+        def one(past, last):
+            groups, heads, size = last.shape[:-4], last.shape[-4:-1], last.shape[-1]
+            return lax.dynamic_update_slice(
+                past, last.reshape(*groups, *(1 for _ in lane), *heads, 1, size),
+                (*(0 for _ in groups), *lane, 0, 0, 0, slot, 0))
+
+        return tuple(map(one, caches.past[part][name], caches.last[part][name]))
 
     past = _by_place(config, write)
 
-    def attend(kind, place, q, k, v):
-        part, name, layer = place
+    def attend(kind, place, layer, q, k, v):
+        part, name = place
         lane, _ = attention.cache_address(kind, config.layout, position)
-        cache = [lax.dynamic_slice(c, (layer, lane) + (0,) * 5, (1, 1, *c.shape[2:]))[0, 0]
-                 for c in past[part][name]]
-        prompt = [lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in text[part][name]]
-        visible = attention.cache_visible(kind, config.layout, position)
-        return attention.attend_cached(q, k, v, prompt, cache, visible), (k, v)
+        out = attention.attend_cached(
+            q, k, v, [_at(x, layer) for x in text[part][name]],
+            [_at(x, (*layer, *lane)) for x in past[part][name]],
+            attention.cache_visible(kind, config.layout, position))
+        return out, (k, v)
 
     x, last = _run(params, config, x, attend, dtype)
     return layer_norm(x, params['norm'], config.eps), Caches(past, last)
 
 
+def _at(stack: jax.Array, index: tuple) -> jax.Array:
+    """stack[index] as one slice."""
+    if not index:
+        return stack
+    rest = stack.shape[len(index):]
+    return lax.dynamic_slice(stack, (*index, *(0 for _ in rest)),
+                             (*(1 for _ in index), *rest)).reshape(rest)
+
+
 def _by_place(config, function):
     """{'body': {'0'..'3'}, 'tail': {'0'..}} of function((part, name), pattern)."""
-    tail = config.patterns[PERIOD * config.groups:]
-    tree = {'tail': {str(i): function(('tail', str(i)), kind) for i, kind in enumerate(tail)}}
-    if config.groups:
-        tree['body'] = {str(i): function(('body', str(i)), kind)
-                        for i, kind in enumerate(config.patterns[:PERIOD])}
-    return tree
+    def part(name, patterns):
+        return {str(i): function((name, str(i)), kind) for i, kind in enumerate(patterns)}
+
+    tail = {'tail': part('tail', config.patterns[PERIOD * config.groups:])}
+    return {'body': part('body', config.patterns[:PERIOD]), **tail} if config.groups else tail
 
 
 def _run(params, config, x, attend, dtype, remat='none', constrain=unconstrained):
     """All layers.
 
     Args:
-      attend: (pattern, place, q, k, v) -> output like q, and a tree to keep. A place is 'body' or
-        'tail', the name in it, and the index in the stack of that name, which may be traced.
+      attend: (pattern, place, layer, q, k, v) -> output like q, and a tree to keep. A place is
+        ('body' or 'tail', name); layer is (its traced index in the body's stack,) or () in the
+        tail.
 
     Returns:
-      x, and what each layer kept, stacked: {'body': {'0'..'3'}, 'tail': {'0'..}}.
+      x, and what the layers kept, in the body stacked: {'body': {'0'..'3'}, 'tail': {'0'..}}.
     """
-    def layer(kind, place, scanned):
-        """(params, index, x) -> x, kept."""
-        def run(layer_params, index, x):
-            return _layer(layer_params, config, x, functools.partial(attend, kind, (*place, index)),
+    def runner(place, kind):
+        def run(layer_params, layer, x):
+            return _layer(layer_params, config, x, functools.partial(attend, kind, place, layer),
                           dtype, constrain)
 
         if remat == 'none':
             return run
-        # Forward and backward of a scan are different loops, so CSE cannot undo the recomputing.
-        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=not scanned)
+        # Forward and backward of a scan are different loops: CSE cannot undo the recomputing.
+        return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=place[0] == 'tail')
 
     def group(x, scanned):
         group_params, index = scanned
         kept = {}
-        for name, run in body.items():
-            x, kept[name] = run(group_params[name], index, x)
+        for name, run in runners['body'].items():
+            x, kept[name] = run(group_params[name], (index,), x)
         return x, kept
 
-    runs = _by_place(config, lambda place, kind: layer(kind, place, place[0] == 'body'))
+    runners = _by_place(config, runner)
     x, kept = constrain(x, ('batch', None, None)), {'tail': {}}
     if config.groups:
-        body = runs['body']
         x, kept['body'] = lax.scan(group, x, (params['body'], jnp.arange(config.groups)))
-    for name, run in runs['tail'].items():
-        x, kept['tail'][name] = run(params['tail'][name], 0, x)
-    kept['tail'] = jax.tree.map(lambda leaf: leaf[None], kept['tail'])
+    for name, run in runners['tail'].items():
+        x, kept['tail'][name] = run(params['tail'][name], (), x)
     return x, kept
 
 
