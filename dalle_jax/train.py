@@ -24,7 +24,7 @@ from dalle_jax.models.context import Context, Frozen
 from dalle_jax.runs import say
 from dalle_jax.training import partition, step as step_lib
 from dalle_jax.training.checkpoint import Checkpoints, restore_subtree
-from dalle_jax.training.optimizer import path_name
+from dalle_jax.training.partition import path_name
 
 SNAPSHOT_EXAMPLES = 16
 BPE_CAPTIONS = 200_000  # sentencepiece's vocabulary hardly changes beyond this many

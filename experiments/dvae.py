@@ -60,7 +60,7 @@ def _small(variant, args):
         # The paper's codes start at random and separate over 10^5 updates. Here an autoencoder
         # with a narrow, noisy bottleneck is warmed up first and k-means puts the codes on its
         # latents; from random codes a run of this length uses a tenth of them.
-        bottleneck=8, n_init=128, warmup_steps=warmup, noise=0.14, noise_steps=warmup // 2,
+        bottleneck=8, n_init=128, warmup_steps=warmup, noise=0.14,
         codebook_init='kmeans',
         # Squared error and no KL: with the paper's logit-Laplace and beta = 6.6 the pictures are
         # 3 dB worse after so few updates.

@@ -41,8 +41,8 @@ class Config:
       image_vocab: image tokens.
       kernel: odd side of the convolutional pattern's window.
       patterns: attention pattern of each layer; None: the paper's, transformer.dalle_patterns.
-      activation: of the MLP blocks, a key of transformer.ACTIVATIONS. Not stated in the paper; Child
-        et al. 2019 use x * sigmoid(1.702 x).
+      activation: of the MLP blocks, a key of transformer.ACTIVATIONS. Not stated in the paper;
+        this one is that of Child et al. 2019.
       std: of initial matrices; those writing into the residual stream have std / sqrt(2 depth).
         Not stated in the paper.
       embed_std: of initial embeddings.
@@ -188,8 +188,8 @@ def _embed_image(params, ids):
     """Image states [B, I, d] of the first I - 1 image tokens [B, I - 1]."""
     p = params['image']
     start = jnp.broadcast_to(p['start'], (len(ids), 1, p['start'].size))
-    places = p['rows'][:, None] + p['columns'][None]
-    return jnp.concatenate([start, p['tokens'][ids]], axis=1) + places.reshape(1, -1, start.shape[2])
+    places = (p['rows'][:, None] + p['columns'][None]).reshape(1, -1, p['start'].size)
+    return jnp.concatenate([start, p['tokens'][ids]], axis=1) + places
 
 
 def _logits(params, x, kind, dtype):
@@ -211,14 +211,10 @@ def _negative_log_likelihoods(params, config, text, codes, dtype, constrain):
 
 
 def _text_targets(config, text):
-    """Which text slots count in the loss, float32 [B, T - 1]; None for all of them."""
-    if config.pads == 'all':
-        return None
-    targets = text != 0
-    if config.pads == 'first':
-        pads_before = jnp.cumsum(text == 0, axis=1) - (text == 0)
-        targets |= pads_before == 0
-    return targets.astype(jnp.float32)
+    """Which text slots count in the loss, as 0 or 1, float32 [B, T - 1]."""
+    pad = text == 0
+    allowed = {'all': text.shape[1], 'first': 1, 'none': 0}[config.pads]
+    return (~pad | (jnp.cumsum(pad, axis=1) <= allowed)).astype(jnp.float32)
 
 
 def loss(params: Any, model_state: Any, batch: Mapping[str, jax.Array], ctx: Context
@@ -238,19 +234,14 @@ def loss(params: Any, model_state: Any, batch: Mapping[str, jax.Array], ctx: Con
     of_text, of_image, logits = _negative_log_likelihoods(
         params, config, text, codes, ctx.dtype, ctx.constrain)
     counted = _text_targets(config, text)
-    if counted is None:
-        text_sum, text_count = of_text.sum(), float(of_text.size)
-    else:
-        text_sum, text_count = (of_text * counted).sum(), counted.sum()
-    terms = {'text': losses.Term(text_sum, text_count, config.text_weight),
+    terms = {'text': losses.Term((of_text * counted).sum(), counted.sum(), config.text_weight),
              'image': losses.Term(of_image.sum(), float(of_image.size), config.image_weight)}
     if ctx.train:
         return terms, {}, model_state
-    hits = [logits[0].argmax(-1) == text, logits[1].argmax(-1) == codes.reshape(of_image.shape)]
-    metrics = {'text_accuracy': ((hits[0] if counted is None else hits[0] * counted).sum(),
-                                 text_count),
-               'image_accuracy': (hits[1].sum(), float(hits[1].size))}
-    return terms, metrics, model_state
+    hit_text = (logits[0].argmax(-1) == text) * counted
+    hit_image = logits[1].argmax(-1) == codes.reshape(of_image.shape)
+    return terms, {'text_accuracy': (hit_text.sum(), counted.sum()),
+                   'image_accuracy': (hit_image.sum(), float(hit_image.size))}, model_state
 
 
 def _codes(batch, ctx):
@@ -276,9 +267,7 @@ def likelihood(params: Any, config: Config, text: jax.Array, ids: jax.Array,
     """
     of_text, of_image, _ = _negative_log_likelihoods(
         params, config, text, ids, dtype, unconstrained)
-    counted = _text_targets(config, text)
-    of_text = of_text if counted is None else of_text * counted
-    return -of_text.sum(-1), -of_image.sum(-1)
+    return -(of_text * _text_targets(config, text)).sum(-1), -of_image.sum(-1)
 
 
 def filter_logits(logits: jax.Array, temperature: jax.Array | float, top_k: int,
@@ -335,7 +324,7 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
     """
     captions, candidates = keys.shape
     if 'rbg' in str(jax.random.key_impl(keys)):
-        raise ValueError('dalle: the numbers of rbg keys depend on the batch; make threefry2x32 keys')
+        raise ValueError('dalle: numbers of rbg keys depend on the batch; give threefry2x32 keys')
     prefix = jnp.zeros((captions, 0), jnp.int32) if prefix is None else prefix
     kept, left = prefix.shape[1], config.image_length - prefix.shape[1]
     if left < 0:

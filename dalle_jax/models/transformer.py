@@ -6,12 +6,10 @@ in `dtype` (Ramesh et al. 2021, fig. 4).
 
 Layers are stored as they are run. Groups of four are stacked and scanned, so that a program's size
 does not grow with depth; one to four layers that end the stack, among them the last with its own
-pattern, are unrolled:
+pattern, are unrolled. Up to eight layers are all unrolled, as one group would be by the compiler.
 
     {'body': {'0'..'3': layer with a leading axis [groups]}, 'tail': {'0'..: layer}, 'norm': ...}
     layer = {'attention': {'norm', 'qkv', 'out'}, 'mlp': {'norm', 'up', 'down'}}
-
-Stacks of up to four layers have no body.
 
 B batch, L length, d width, H heads, D = d / H; N candidates of one caption.
 """
@@ -105,12 +103,13 @@ class BlockConfig:
 
     @property
     def groups(self) -> int:
-        """Groups of four layers in the body."""
-        return (self.depth - 1) // PERIOD
+        """Groups of four layers in the body; 0, or 2 and more."""
+        groups = (self.depth - 1) // PERIOD
+        return groups if groups > 1 else 0
 
     @property
     def tail(self) -> int:
-        """Layers behind the body, 1 to 4."""
+        """Layers behind the body: 1 to 4, or all of up to 8."""
         return self.depth - PERIOD * self.groups
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.training.optimizer import path_name
+from dalle_jax.training.partition import path_name
 
 
 class CheckpointError(RuntimeError):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dalle_jax.training.partition import path_name
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -119,11 +121,6 @@ def matching(pattern: str, params: Any) -> Any:
     def one(path, _):
         return re.search(pattern, path_name(path)) is not None
     return jax.tree_util.tree_map_with_path(one, params)
-
-
-def path_name(path) -> str:
-    """A leaf's path as keys joined by '/'."""
-    return '/'.join(str(getattr(entry, 'key', getattr(entry, 'idx', entry))) for entry in path)
 
 
 def _adamw(config: OptimizerConfig, params: Any) -> Optimizer:

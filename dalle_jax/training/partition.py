@@ -36,6 +36,12 @@ class MeshConfig:
     tensor: int = 1
 
 
+def path_name(path: Any) -> str:
+    """A leaf's path in its tree, such as 'params/transformer/tail/0/mlp/up/kernel'."""
+    return '/'.join(str(getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', entry))))
+                    for entry in path)
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Builds the mesh over all devices.
 
@@ -102,21 +108,17 @@ def like_params(tree: Any, params_shardings: Any, params: Any, mesh: Mesh) -> An
     lives (moments, averages); everything else is replicated.
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    placed = {_keys(path): (array.shape, sharding) for (path, array), sharding in
+    placed = {path_name(path): (array.shape, sharding) for (path, array), sharding in
               zip(flat, jax.tree.leaves(params_shardings))}
 
     def one(path, array):
-        keys = _keys(path)
+        keys = path_name(path).split('/')
         for start in range(len(keys)):
-            shape, sharding = placed.get(keys[start:], (None, None))
+            shape, sharding = placed.get('/'.join(keys[start:]), (None, None))
             if shape == array.shape:
                 return sharding
         return NamedSharding(mesh, PartitionSpec())
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _keys(path):
-    return tuple(str(getattr(e, 'key', getattr(e, 'name', getattr(e, 'idx', e)))) for e in path)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,3 +1,5 @@
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +9,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dalle_jax.training import checkpoint as lib
 from dalle_jax.training import partition
 
-STATE = {'params': {'w': jnp.arange(4096, dtype=jnp.float32).reshape(64, 64),
-                    'half': jnp.arange(8, dtype=jnp.bfloat16)},
-         'averages': {}, 'step': jnp.int32(7), 'key': jnp.array([1, 2], jnp.uint32)}
+
+class State(NamedTuple):
+    """A tree with attribute paths, as the trainer's is."""
+
+    params: Any
+    averages: Any
+    step: Any
+    key: Any
+
+
+STATE = State(params={'w': jnp.arange(4096, dtype=jnp.float32).reshape(64, 64),
+                      'half': jnp.arange(8, dtype=jnp.bfloat16)},
+              averages={}, step=jnp.int32(7), key=jnp.array([1, 2], jnp.uint32))
 ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
 
 
 def saved(directory, *steps):
     checkpoints = lib.Checkpoints(directory)
     for step in steps:
-        checkpoints.save(step, STATE | {'step': jnp.int32(step)})
+        checkpoints.save(step, STATE._replace(step=jnp.int32(step)))
     checkpoints.close()
     return directory
 
@@ -43,16 +55,16 @@ def test_restores_onto_another_sharding(tmp_path):
     mesh = partition.make_mesh(partition.MeshConfig())
     sharding = NamedSharding(mesh, PartitionSpec('fsdp'))
     abstract = jax.tree.map(lambda a: a, ABSTRACT)
-    abstract['params']['w'] = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=sharding)
+    abstract.params['w'] = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=sharding)
     _, state = lib.Checkpoints(saved(tmp_path, 7)).restore(abstract)
-    assert state['params']['w'].sharding == sharding
-    np.testing.assert_array_equal(state['params']['w'], STATE['params']['w'])
+    assert state.params['w'].sharding == sharding
+    np.testing.assert_array_equal(state.params['w'], STATE.params['w'])
 
 
 def test_subtree_without_knowing_shapes(tmp_path):
     step, trees = lib.restore_subtree(saved(tmp_path, 5), ('params', 'averages'))
     assert step == 5 and trees['averages'] == {}
-    jax.tree.map(np.testing.assert_array_equal, trees['params'], STATE['params'])
+    jax.tree.map(np.testing.assert_array_equal, trees['params'], STATE.params)
 
 
 @pytest.mark.parametrize('reader', ['state', 'subtree'])
