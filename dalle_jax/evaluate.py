@@ -16,8 +16,11 @@ import numpy as np
 from absl import app, flags
 
 from dalle_jax import config as config_lib
-from dalle_jax import runs
+from dalle_jax import report, runs
 from dalle_jax.runs import say
+
+
+PICTURES = 24  # reconstructions kept for the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,8 @@ def run(config, workdir: str) -> dict[str, Any]:
 
     # -- reconstructions, beside a lookup with as many codes ----------------------------------
     started = time.monotonic()
-    dvae = model._image.config
-    held_out = Scenes(scene_config, 'combos', options.images, seed=options.seed + 1)
+    dvae = model.image_run.config
+    held_out = Scenes(scene_config, 'combos', options.images, seed=1001 + options.seed)
     originals = held_out.images(np.arange(options.images))
     captions = [held_out.caption(i) for i in range(options.images)]
     ids = np.concatenate([model.encode(part) for part in _chunks(originals, 100)])
@@ -81,6 +84,10 @@ def run(config, workdir: str) -> dict[str, Any]:
     counts, used, perplexity = score.usage(ids, dvae.vocab)
     judged = {name: score.judge_candidates(scene_config, images[:, None], captions)['all']
               for name, images in (('rebuilt', rebuilt), ('lookup', looked_up))}
+    _save(out / 'reconstructions.npz', counts=counts, captions=np.array(captions[:PICTURES]),
+          originals=originals[:PICTURES], rebuilt=rebuilt[:PICTURES],
+          lookup=looked_up[:PICTURES], rebuilt_right=judged['rebuilt'][:PICTURES, 0],
+          lookup_right=judged['lookup'][:PICTURES, 0])
     metrics = {
         'reconstruction_accuracy': float(judged['rebuilt'].mean()),
         'reconstruction_psnr': score.psnr(rebuilt, originals),
@@ -98,12 +105,13 @@ def run(config, workdir: str) -> dict[str, Any]:
     # -- samples of captions never trained on -------------------------------------------------
     sampling = Sampling(options.candidates, options.temperature, options.top_k, options.top_p,
                         options.seed, options.batch)
-    splits = {}
     for split, prefix in (('combos', 'caption'), ('pairs', 'pair')):
-        source = Scenes(scene_config, split, options.captions, seed=options.seed + 2)
+        source = Scenes(scene_config, split, options.captions, seed=1002 + options.seed)
         wanted = [source.caption(i) for i in range(options.captions)]
         drawn = _samples(model, wanted, sampling, out / f'samples_{split}.npz', split)
         verdicts = score.judge_candidates(scene_config, drawn['images'], wanted)
+        _save(out / f'samples_{split}.npz', **drawn, captions=np.array(wanted),
+              right=verdicts['all'])
         result = score.accuracies(verdicts, drawn['scores'])
         by_likelihood = score.accuracies(verdicts, drawn['logp'])['accuracy_n']
         metrics |= {
@@ -114,23 +122,39 @@ def run(config, workdir: str) -> dict[str, Any]:
             **{f'{prefix}_{name}': result[name] for name in score.ATTRIBUTES}}
         say(f'{split}: one sample {result["accuracy_1"]:.1%} right, best of {options.candidates} '
             f'by CLIP {result["accuracy_n"]:.1%}, by likelihood {by_likelihood:.1%}')
-        splits[split] = (wanted, drawn, verdicts['all'])
 
     # -- held-out losses, as the run measured them at its end ---------------------------------
     done = json.loads((Path(options.run) / 'done.json').read_text())
     metrics |= {'text_loss': done['text'], 'image_loss': done['image']}
     runs.write_atomic(out / 'metrics.json', json.dumps(metrics, indent=2))
-    _write_report(out, model, metrics, originals, rebuilt, looked_up, captions, judged, counts,
-                  splits)
+    write_report(out, out / 'report.html')
     say(f'wrote {out}/metrics.json and {out}/report.html')
     return metrics
+
+
+def write_report(workdir: str | Path, path: str | Path, seconds: Mapping[str, float] | None = None
+                 ) -> None:
+    """Draws the report of a finished evaluation from its files and those of its runs.
+
+    Args:
+      seconds: stage -> seconds, where the stages were run together.
+    """
+    from dalle_jax.data.scenes import SceneConfig
+    from dalle_jax.metrics import scenes_page
+
+    options = json.loads((Path(workdir) / 'evaluate.json').read_text())
+    dalle = Path(options['run'])
+    experiment = runs.read_config(dalle)
+    paths = {'dvae': Path(experiment.frozen['image']), 'dalle': dalle, 'clip': Path(options['clip'])}
+    report.write(path, scenes_page.page(Path(workdir), paths, SceneConfig(**experiment.data.scenes),
+                                        seconds or {}))
 
 
 def _samples(model, captions, sampling, path, split) -> dict[str, np.ndarray]:
     """images, logp, scores of all captions; kept in `path` once drawn."""
     if path.exists():
         with np.load(path) as stored:
-            return dict(stored)
+            return {name: stored[name] for name in ('images', 'logp', 'scores')}
     rows, started, told = [], time.monotonic(), time.monotonic()
     for drawn in model.draw(captions, sampling):
         rows.append(drawn)
@@ -143,10 +167,14 @@ def _samples(model, captions, sampling, path, split) -> dict[str, np.ndarray]:
             told = now
     arrays = {name: np.stack([getattr(row, name) for row in rows])
               for name in ('images', 'logp', 'scores')}
+    _save(path, **arrays)
+    return arrays
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
     temporary = path.with_suffix('.tmp.npz')
     np.savez_compressed(temporary, **arrays)
     temporary.replace(path)
-    return arrays
 
 
 def _check_workdir(out: Path, options: EvaluateConfig) -> None:

@@ -79,7 +79,7 @@ class Model:
     """A trained run for use in a notebook or script; see `dalle_jax.load`.
 
     A dVAE run encodes and decodes; a DALL-E run also samples and scores, using the image
-    tokenizer it was trained with; a CLIP run scores.
+    tokenizer it was trained with (`image_run`); a CLIP run scores.
     """
 
     def __init__(self, path: str | Path, clip: str | Path | None = None, finished: bool = True):
@@ -88,19 +88,19 @@ class Model:
         kind = self.run.experiment.model
         self._clip = runs.load(clip, finished) if clip else self.run if kind == 'clip' else None
         self._dalle = self.run if kind == 'dalle' else None
-        self._image = self.run if hasattr(self.run.module, 'decode') else None
+        self.image_run = self.run if hasattr(self.run.module, 'decode') else None
         if self._dalle:
-            self._image = runs.load(self.run.experiment.frozen['image'])
+            self.image_run = runs.load(self.run.experiment.frozen['image'])
         self.dtype = runs.compute_dtype(self.run.experiment.precision)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [B, S, S, 3] -> int32 tokens [B, h, w]."""
-        run = self._need(self._image, 'encode images', 'a dVAE or DALL-E run')
+        run = self._need(self.image_run, 'encode images', 'a dVAE or DALL-E run')
         return np.asarray(_encode(run.module, run.config, run.params, _checked(images, run.config)))
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """int32 tokens [B, h, w] -> uint8 images [B, S, S, 3]."""
-        run = self._need(self._image, 'decode tokens', 'a dVAE or DALL-E run')
+        run = self._need(self.image_run, 'decode tokens', 'a dVAE or DALL-E run')
         ids = np.asarray(ids)
         if ids.ndim != 3 or ids.min() < 0 or ids.max() >= run.config.vocab:
             raise ValueError(f'tokens of shape {ids.shape} in [{ids.min()}, {ids.max()}]; expected '
@@ -139,8 +139,8 @@ class Model:
         rows = max(1, min(sampling.batch // n, len(captions)))  # captions at once
         width = min(n, sampling.batch)  # candidates of a caption at once
         draw = functools.partial(
-            _draw, run.module, run.config, self._image.module, self._image.config, self.dtype,
-            sampling.top_k, run.params, self._image.params)
+            _draw, run.module, run.config, self.image_run.module, self.image_run.config, self.dtype,
+            sampling.top_k, run.params, self.image_run.params)
         for start in range(0, len(captions), rows):
             chosen = [min(start + i, len(captions) - 1) for i in range(rows)]  # last batch: padded
             parts = []

@@ -1,0 +1,441 @@
+"""DALL-E: the paper's counts, the sequence, the loss in float64, and drawing token by token."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalle_jax.models import attention, dalle
+from dalle_jax.models.context import Context, Frozen
+from tests.models import test_transformer as stack
+
+CONFIG = dalle.Config(depth=4, width=8, heads=2, text_length=5, text_vocab=11, grid=(3, 4),
+                      image_vocab=13, kernel=3, remat='none', std=0.4, embed_std=0.7)
+DEEP = dataclasses.replace(CONFIG, depth=9)
+TEXT = np.array([[3, 5, 0, 0], [1, 2, 9, 4]])
+
+
+def shapes(config):
+    return jax.eval_shape(lambda: dalle.init(config, jax.random.key(0))[0])
+
+
+def parameters(config, seed=0, scale=0.4):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape, scale=scale).astype(np.float32),
+                        shapes(config))
+
+
+def codes(count=2, config=CONFIG, seed=1):
+    return np.random.default_rng(seed).integers(0, config.image_vocab, (count, *config.grid))
+
+
+def terms(config, params, batch, train=True, **context):
+    return dalle.loss(params, {}, batch, Context(config, train=train, **context))
+
+
+def objective(params, config, batch):
+    return sum(t.weight * t.sum / t.count for t in terms(config, params, batch)[0].values())
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def test_parameters_of_the_12b_model():
+    tree = shapes(dalle.PRESETS['12b'])
+    sizes = {jax.tree_util.keystr(path, simple=True, separator='/'): x.size
+             for path, x in jax.tree.leaves_with_path(tree)}
+
+    def count(*parts):
+        return sum(n for name, n in sizes.items() if any(p in name for p in parts))
+
+    assert count('/kernel') == 12_092_178_432
+    assert count('transformer') - count('/kernel') == 3_309_312
+    assert count('text/', 'image/') - count('heads/') == 99_811_072
+    assert count('heads/') == 97_517_568
+    assert sum(sizes.values()) == 12_292_816_384
+
+
+@pytest.mark.parametrize('name,layers,heads,width,matrices,total', [
+    ('tiny', 4, 4, 256, '3.15M', '15.9M'), ('small', 12, 8, 512, '37.7M', '63.3M'),
+    ('base', 24, 12, 768, '170M', '208M'), ('large', 32, 16, 1024, '403M', '454M'),
+    ('0.7b', 64, 15, 960, '708M', '756M'), ('1.3b', 64, 20, 1280, '1.258B', '1.323B'),
+    ('1.4b', 64, 21, 1344, '1.387B', '1.455B'), ('2.8b', 64, 30, 1920, '2.831B', '2.928B'),
+    ('5.6b', 64, 42, 2688, '5.549B', '5.685B'), ('12b', 64, 62, 3968, '12.092B', '12.293B')])
+def test_family(name, layers, heads, width, matrices, total):
+    config = dalle.PRESETS[name]
+    assert (config.depth, config.heads, config.width) == (layers, heads, width)
+    assert width == 64 * heads
+    assert config.blocks.patterns[-1] == 'conv'
+    tree = jax.tree.leaves_with_path(shapes(config))
+    for expected, number in (
+            (matrices, sum(x.size for path, x in tree if path[-1].key == 'kernel')),
+            (total, sum(x.size for _, x in tree))):
+        unit = {'M': 1e6, 'B': 1e9}[expected[-1]]
+        digits = len(expected[:-1].partition('.')[2])
+        assert f'{number / unit:.{digits}f}{expected[-1]}' == expected
+    assert set(dalle.PRESETS) == {'tiny', 'small', 'base', 'large', '0.7b', '1.3b', '1.4b', '2.8b',
+                                  '5.6b', '12b'}
+
+
+def test_axes_are_the_trees():
+    axes = dalle.axes(DEEP)
+    assert jax.tree.map(lambda x: len(x.shape), shapes(DEEP)) == jax.tree.map(
+        len, axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert axes['heads']['text'] == ('embed', None)
+    assert axes['text']['tokens'] == (None, 'embed')
+
+
+def test_initial_values():
+    params, state = dalle.init(dataclasses.replace(CONFIG, width=64), jax.random.key(3))
+    assert state == {}
+    assert params['text']['tokens'].std() == pytest.approx(0.7, rel=0.1)
+    assert params['heads']['image'].std() == pytest.approx(0.4, rel=0.1)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(heads=3), 'width=8 is not divisible by heads=3'), (dict(text_length=1), 'text_length=1'),
+    (dict(kernel=4), 'kernel=4 must be odd'), (dict(grid=(0, 4)), 'rows=0'),
+    (dict(pads='some'), "pads='some'"), (dict(remat='half'), "remat='half'"),
+    (dict(patterns=('bidirectional',) * 4), 'no pattern may see ahead'),
+    (dict(patterns=['row']), '1 patterns for depth=4'), (dict(std=-1), 'std=-1')])
+def test_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_config_from_json_is_hashable():
+    lists = dataclasses.replace(CONFIG, grid=[3, 4], patterns=['row', 'column', 'row', 'conv'])
+    assert hash(lists) == hash(dataclasses.replace(lists, grid=(3, 4)))
+    assert lists.blocks == CONFIG.blocks
+
+
+def test_fit_and_batch_spec():
+    tokenizer = types.SimpleNamespace(grid=(7, 9), vocab=77, image_size=36)
+    config = dalle.fit(CONFIG, image_tokenizer_config=tokenizer, text_vocab=99)
+    assert (config.grid, config.image_vocab, config.text_vocab) == ((7, 9), 77, 99)
+    assert dalle.fit(CONFIG) == CONFIG
+    spec = dalle.batch_spec(CONFIG, {'image': Frozen(None, tokenizer, None)})
+    assert {k: (v.shape, v.dtype) for k, v in spec.items()} == {
+        'image': ((36, 36, 3), jnp.uint8), 'text': ((4,), jnp.int32)}
+    assert {k: v.shape for k, v in dalle.batch_spec(CONFIG).items()} == {
+        'codes': (3, 4), 'text': (4,)}
+
+
+# -- the loss --------------------------------------------------------------------------------------
+
+
+def oracle(params, config, text, image):
+    """Negative log-likelihoods of each token in float64: text [B, T - 1], image [B, I]."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    states = []
+    for ids, grid in zip(text, image):
+        columns = config.grid[1]
+        previous = [p['text']['start']] + [
+            p['text']['tokens'][t] if t else p['text']['pads'][slot]
+            for slot, t in enumerate(ids, start=1)]
+        states.append([x + y for x, y in zip(previous, p['text']['positions'])])
+        previous = [p['image']['start']] + [p['image']['tokens'][i] for i in grid.reshape(-1)[:-1]]
+        states[-1] += [x + p['image']['rows'][slot // columns] + p['image']['columns'][
+            slot % columns] for slot, x in enumerate(previous)]
+    out = stack.oracle(params['transformer'], config.blocks, np.array(states))
+
+    def nll(states, head, targets):
+        logits = states @ p['heads'][head]
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -np.take_along_axis(logp, targets[..., None], -1)[..., 0]
+
+    last = config.text_length - 1  # of which nothing is asked
+    return (nll(out[:, :last], 'text', text),
+            nll(out[:, last + 1:], 'image', image.reshape(len(image), -1)))
+
+
+@pytest.mark.parametrize('config', [CONFIG, DEEP], ids=['unrolled', 'scanned'])
+def test_loss_is_the_oracle(config):
+    params, image = parameters(config), codes()
+    got, metrics, state = jax.jit(lambda p: terms(config, p, {'text': TEXT, 'codes': image}))(params)
+    of_text, of_image = oracle(params, config, TEXT, image)
+    np.testing.assert_allclose(got['text'].sum, of_text.sum(), rtol=1e-5)
+    np.testing.assert_allclose(got['image'].sum, of_image.sum(), rtol=1e-5)
+    assert (got['text'].count, got['image'].count) == (8, 24)
+    assert (got['text'].weight, got['image'].weight) == (1 / 8, 7 / 8)
+    assert metrics == {} and state == {}
+    likelihoods = jax.jit(dalle.likelihood, static_argnums=1)(params, config, TEXT, image)
+    np.testing.assert_allclose(likelihoods[0], -of_text.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(likelihoods[1], -of_image.sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('pads,counted', [
+    ('all', [[1, 1, 1, 1], [1, 1, 1, 1]]), ('first', [[1, 1, 1, 0], [1, 1, 1, 1]]),
+    ('none', [[1, 1, 0, 0], [1, 1, 1, 1]])])
+def test_pads_in_the_loss(pads, counted):
+    config = dataclasses.replace(CONFIG, pads=pads)
+    params, image = parameters(config), codes()
+    got = terms(config, params, {'text': TEXT, 'codes': image}, train=False)
+    of_text, _ = oracle(params, config, TEXT, image)
+    np.testing.assert_allclose(got[0]['text'].sum, (of_text * counted).sum(), rtol=1e-5)
+    assert got[0]['text'].count == np.sum(counted) == got[1]['text_accuracy'][1]
+    text_logp, _ = dalle.likelihood(params, config, TEXT, image)
+    np.testing.assert_allclose(text_logp, -(of_text * counted).sum(1), rtol=1e-5)
+
+
+def test_accuracies():
+    """With a head that adds a million to the logits of token 1, all predictions are 1."""
+    params = parameters(CONFIG)
+    params['transformer']['norm']['gain'][:] = 0
+    for kind in ('text', 'image'):
+        params['heads'][kind][:] = 0
+        params['heads'][kind][:, 1] = 1e6 * params['transformer']['norm']['bias']
+    image = codes()
+    metrics = terms(CONFIG, params, {'text': TEXT, 'codes': image}, train=False)[1]
+    assert metrics == {'text_accuracy': ((TEXT == 1).sum(), 8),
+                       'image_accuracy': ((image == 1).sum(), 24)}
+
+
+def test_every_slot_has_its_own_padding():
+    """Each padded slot's row of the table, and no other, moves the loss."""
+    params, batch = parameters(CONFIG), {'text': TEXT, 'codes': codes()}
+    grads = jax.jit(jax.grad(lambda p: objective(p, CONFIG, batch)))(params)
+    moved = np.abs(grads['text']['pads']).sum(-1) > 0
+    assert moved.tolist() == [False, False, False, True, True]  # slots 3, 4: the 3rd and 4th token
+    assert not grads['text']['tokens'][0].any()  # id 0 is never a token
+
+
+def test_microbatches_add_up():
+    config = dataclasses.replace(CONFIG, pads='none')
+    params, image = parameters(config), codes()
+    whole = terms(config, params, {'text': TEXT, 'codes': image})[0]
+    parts = [terms(config, params, {'text': TEXT[i:i + 1], 'codes': image[i:i + 1]})[0]
+             for i in range(2)]
+    for name, term in whole.items():
+        np.testing.assert_allclose(sum(p[name].sum for p in parts), term.sum, rtol=1e-5)
+        assert sum(p[name].count for p in parts) == term.count
+
+
+@pytest.mark.parametrize('pattern', attention.PATTERNS)
+def test_nothing_sees_ahead(pattern):
+    """Exactly zero: gradients of a token's likelihood by the embedding of it or of a later one."""
+    config = dataclasses.replace(CONFIG, patterns=(pattern,) * 4)
+    params = parameters(config)
+    text, image = TEXT[1:], codes(1)
+    # Distinct tokens, so that the gradient by a table's row is that by one state.
+    image[:] = np.arange(12).reshape(3, 4)
+    params['image']['tokens'] = params['image']['tokens'][:12]
+
+    def nlls(tables):
+        p = {**params, 'text': {**params['text'], 'tokens': tables[0]},
+             'image': {**params['image'], 'tokens': tables[1]}}
+        of_text, of_image, _ = dalle._negative_log_likelihoods(
+            p, config, text, image, jnp.float32, lambda x, axes: x)
+        return jnp.concatenate([of_text[0], of_image[0]])
+
+    tables = params['text']['tokens'], params['image']['tokens']
+    by_text, by_image = (np.abs(np.asarray(j)).sum(-1) > 0 for j in jax.jit(jax.jacrev(nlls))(
+        tables))
+    by_text = by_text[:, text[0]]
+    # Token j stands in state j + 1 and is thus seen by the predictions of later tokens only.
+    assert (by_text[:4] == np.tri(4, k=-1, dtype=bool)).all()
+    assert by_text[4:].all()  # every image state sees all of the text
+    assert not by_image[:4].any()
+    assert not np.triu(by_image[4:]).any()
+    assert by_image[4:][np.arange(1, 12), np.arange(11)].any()
+
+
+TOKENIZER = types.SimpleNamespace(
+    encode=lambda params, config, images: jnp.round(
+        params * images[:, ::2, ::2, 0].astype(jnp.float32)).astype(jnp.int32),
+    decode=lambda params, config, ids: jnp.stack([ids / 12.0] * 3, -1).repeat(2, 1).repeat(2, 2))
+
+
+def tokenized():
+    image = codes()
+    pictures = np.repeat(np.repeat(image, 2, 1), 2, 2)[..., None].repeat(3, -1).astype(np.uint8)
+    config = types.SimpleNamespace(grid=(3, 4), vocab=13, image_size=6)
+    return image, pictures, {'image': Frozen(TOKENIZER, config, jnp.float32(1))}
+
+
+def test_images_are_tokenized_in_the_loss():
+    image, pictures, frozen = tokenized()
+    params = parameters(CONFIG)
+    want = terms(CONFIG, params, {'text': TEXT, 'codes': image})[0]
+    got = terms(CONFIG, params, {'text': TEXT, 'image': pictures}, frozen=frozen)[0]
+    assert got['image'].sum == want['image'].sum
+    with pytest.raises(ValueError, match='frozen.image'):
+        terms(CONFIG, params, {'text': TEXT, 'image': pictures})
+
+
+def test_caption_of_another_length():
+    with pytest.raises(ValueError, match='captions of 3 tokens.*text_length - 1 = 4'):
+        terms(CONFIG, parameters(CONFIG), {'text': TEXT[:, 1:], 'codes': codes()})
+
+
+def test_golden_step():
+    """Loss and gradient norm of one batch; parameters without a random generator."""
+    count = 0
+
+    def waves(x):
+        nonlocal count
+        count += x.size
+        return np.sin(np.arange(count - x.size, count, dtype=np.float32)).reshape(x.shape) / 2
+
+    params = jax.tree.map(waves, shapes(DEEP))
+    batch = {'text': TEXT, 'codes': np.arange(24).reshape(2, 3, 4) % 13}
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: objective(p, DEEP, batch)))(params)
+    norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(grads)))
+    assert (float(loss), norm) == (pytest.approx(GOLDEN[0], rel=1e-4),
+                                   pytest.approx(GOLDEN[1], rel=1e-3))
+
+
+GOLDEN = (0.0, 0.0)
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+def keys(*shape, seed=0):
+    return jax.random.split(jax.random.key(seed), shape)
+
+
+def generate(config, params, text, **options):
+    run = jax.jit(dalle.generate, static_argnums=1, static_argnames='top_k')
+    return run(params, config, text, **options)
+
+
+@pytest.mark.parametrize('config', [CONFIG, DEEP, dataclasses.replace(
+    CONFIG, grid=(5, 3), patterns=('conv', 'causal', 'column', 'row'))])
+def test_likelihood_of_what_is_drawn(config):
+    """Each step's distribution is that of the full forward pass, for C = 2 and N = 3."""
+    params = parameters(config)
+    ids, logp = generate(config, params, TEXT, keys=keys(2, 3))
+    assert ids.shape == (2, 3, *config.grid) and ids.dtype == jnp.int32
+    assert len({tuple(np.ravel(x)) for x in np.asarray(ids).reshape(6, -1)}) == 6
+    for candidate in range(3):
+        want = dalle.likelihood(params, config, TEXT, ids[:, candidate])[1]
+        np.testing.assert_allclose(logp[:, candidate], want, rtol=1e-4)
+
+
+def test_temperature_zero_takes_the_best_token():
+    params = parameters(CONFIG)
+    ids, _ = generate(CONFIG, params, TEXT, keys=keys(2, 2), temperature=0.0)
+    np.testing.assert_array_equal(ids[:, 0], ids[:, 1])
+    _, _, (_, logits) = dalle._negative_log_likelihoods(
+        params, CONFIG, TEXT, ids[:, 0], jnp.float32, lambda x, axes: x)
+    np.testing.assert_array_equal(ids[:, 0].reshape(2, -1), logits.argmax(-1))
+    filtered, _ = generate(CONFIG, params, TEXT, keys=keys(2, 1), temperature=0.0,
+                           top_p=jnp.float32(0.9), top_k=3)
+    np.testing.assert_array_equal(filtered[:, 0], ids[:, 0])
+
+
+def test_an_image_depends_on_its_key_alone():
+    params, many = parameters(CONFIG), keys(2, 3)
+    ids, logp = generate(CONFIG, params, TEXT, keys=many)
+    alone, alone_logp = generate(CONFIG, params, TEXT[1:], keys=many[1:, 2:])
+    np.testing.assert_array_equal(alone[0, 0], ids[1, 2])
+    np.testing.assert_allclose(alone_logp[0, 0], logp[1, 2], rtol=1e-5)
+
+
+def test_prefix_is_kept_and_continued():
+    params, prefix = parameters(CONFIG), codes().reshape(2, 12)[:, :5]
+    ids, logp = generate(CONFIG, params, TEXT, keys=keys(2, 2), prefix=prefix)
+    flat = np.asarray(ids).reshape(2, 2, 12)
+    np.testing.assert_array_equal(flat[..., :5], np.repeat(prefix[:, None], 2, 1))
+    assert (flat[:, 0, 5:] != flat[:, 1, 5:]).any()
+    np.testing.assert_allclose(logp[:, 1], dalle.likelihood(params, CONFIG, TEXT, ids[:, 1])[1],
+                               rtol=1e-4)
+    whole, _ = generate(CONFIG, params, TEXT, keys=keys(2, 1), prefix=codes().reshape(2, 12))
+    np.testing.assert_array_equal(whole[:, 0], codes())
+    with pytest.raises(ValueError, match='prefix of 13 tokens'):
+        generate(CONFIG, params, TEXT, keys=keys(2, 1), prefix=np.zeros((2, 13), np.int32))
+
+
+def test_keys_whose_numbers_depend_on_the_batch_are_refused():
+    with pytest.raises(ValueError, match='threefry2x32'):
+        dalle.generate(parameters(CONFIG), CONFIG, TEXT,
+                       keys=jax.random.split(jax.random.key(0, impl='rbg'), (2, 1)))
+
+
+@pytest.mark.parametrize('temperature,top_k,top_p', [
+    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (0.7, 0, 0.6)])
+def test_frequencies_of_drawn_tokens(temperature, top_k, top_p):
+    """4096 images of one token: within 5 standard deviations of the exact probabilities."""
+    config = dataclasses.replace(CONFIG, grid=(1, 1), image_vocab=6)
+    params, draws = parameters(config), 4096
+    ids, logp = generate(config, params, TEXT[:1], keys=keys(1, draws), temperature=temperature,
+                         top_k=top_k, top_p=top_p if top_p == 1 else jnp.float32(top_p))
+    _, _, (_, logits) = dalle._negative_log_likelihoods(
+        params, config, TEXT[:1], np.zeros((1, 1, 1), int), jnp.float32, lambda x, axes: x)
+    logits = np.asarray(logits, np.float64)[0, 0]
+    p = filtered_probabilities(logits, temperature, top_k, top_p)
+    frequencies = np.bincount(np.ravel(ids), minlength=6) / draws
+    assert (np.abs(frequencies - p) <= 5 * np.sqrt(p * (1 - p) / draws)).all()
+    plain = logits - np.log(np.exp(logits).sum())
+    np.testing.assert_allclose(logp[0], plain[np.ravel(ids)], atol=1e-5)
+
+
+def filtered_probabilities(logits, temperature, top_k, top_p):
+    """Closed form: sort, cut, renormalise; twice."""
+    p = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-p)
+    p[order[top_k or len(p):]] = 0
+    p /= p.sum()
+    nucleus = np.searchsorted(np.cumsum(p[order]), top_p) + 1
+    p[order[nucleus:]] = 0
+    return p / p.sum()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), temperature=st.floats(0.2, 3), top_k=st.integers(0, 8),
+       top_p=st.floats(0.05, 0.99))
+def test_filters(seed, temperature, top_k, top_p):
+    logits = np.random.default_rng(seed).normal(size=(2, 8), scale=2).astype(np.float32)
+    got = np.asarray(jax.nn.softmax(
+        dalle.filter_logits(logits, temperature, top_k, jnp.float32(top_p)) / temperature))
+    for row, probabilities in zip(logits.astype(np.float64), got):
+        want = filtered_probabilities(row, temperature, top_k, top_p)
+        if abs(np.cumsum(np.sort(want)[::-1]) - top_p).min() > 1e-5:  # not on the brink
+            np.testing.assert_allclose(probabilities, want, atol=1e-5)
+
+
+def test_filters_keep_ties_and_one_token():
+    logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
+    for options, kept in (((2, 1.0), 3), ((0, 0.1), 1), ((0, 0.5), 3), ((4, 1.0), 5)):
+        assert jnp.isfinite(dalle.filter_logits(logits, 1.0, *options)).sum() == kept
+
+
+def test_filters_cost_nothing_when_off():
+    def program(**options):
+        return str(jax.make_jaxpr(lambda p, k: dalle.generate(
+            p, CONFIG, TEXT, keys=k, temperature=0.7, **options))(parameters(CONFIG), keys(2, 1)))
+
+    assert 'sort' not in program() and 'top_k' not in program()
+    assert 'sort' in program(top_p=0.9) and 'top_k' in program(top_k=3)
+
+
+def test_image_logits_only():
+    """A step multiplies by the image head alone, never by the text vocabulary's."""
+    config = dataclasses.replace(CONFIG, text_vocab=997)
+    text = jax.jit(dalle.generate, static_argnums=1).lower(
+        shapes(config), config, TEXT, keys=keys(2, 1)).as_text()
+    assert not [line for line in text.splitlines() if 'dot_general' in line and '997' in line]
+
+
+def test_snapshot():
+    image, pictures, frozen = tokenized()
+    arrays = dalle.snapshot(parameters(CONFIG), {}, {'text': TEXT, 'image': pictures},
+                            Context(CONFIG, frozen=frozen))
+    assert {name: np.shape(x) for name, x in arrays.items()} == {
+        'matrix/row': (17, 17), 'matrix/column': (17, 17), 'matrix/conv': (17, 17),
+        'images/originals': (2, 6, 8, 3), 'images/tokenised': (2, 6, 8, 3),
+        'images/samples': (2, 6, 8, 3)}
+    np.testing.assert_allclose(arrays['images/tokenised'] * 12, pictures, rtol=1e-6)
+    for kind in ('row', 'column', 'conv'):
+        np.testing.assert_array_equal(
+            np.asarray(arrays[f'matrix/{kind}']) > 0,
+            attention.mask(kind, attention.Layout(5, 3, 4, 3)))
+    assert set(dalle.snapshot(parameters(CONFIG), {}, {'text': TEXT, 'codes': image},
+                              Context(CONFIG))) == {'matrix/row', 'matrix/column', 'matrix/conv'}

@@ -1,0 +1,289 @@
+"""The stack: an independent float64 model, scan and remat, cached steps, what depends on what."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models import attention, transformer
+from dalle_jax.models.attention import Layout
+from dalle_jax.models.layers import Declared, init_module, module_axes
+from dalle_jax.models.transformer import BlockConfig, dalle_patterns
+
+LAYOUT = Layout(text=3, rows=3, columns=4, kernel=3)
+
+
+def blocks(depth, patterns=None):
+    return BlockConfig(depth, 8, 2, patterns or dalle_patterns(depth), LAYOUT)
+
+
+def parameters(config, seed=0):
+    """Random in all entries, biases and gains too."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_module(Declared(transformer.declare(config)),
+                                                jax.random.key(0)))
+    return jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.35).astype(np.float32), shapes)
+
+
+def inputs(config, batch=2, seed=0):
+    shape = batch, config.layout.length, config.width
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def unstacked(params, config):
+    """The layers in order, each without an axis of groups."""
+    layers = [jax.tree.map(lambda x: x[group], params['body'][str(i)])
+              for group in range(config.groups) for i in range(transformer.PERIOD)]
+    return layers + [params['tail'][str(i)] for i in range(config.tail)]
+
+
+def oracle(params, config, x):
+    """The whole stack in float64 numpy, layer after layer, with dense masks."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + config.eps) * p['gain'] + p['bias']
+
+    x = x.astype(np.float64)
+    size = config.width // config.heads
+    for layer, kind in zip(unstacked(params, config), config.patterns):
+        p = layer['attention']
+        qkv = norm(x, p['norm']) @ p['qkv']['kernel'] + p['qkv']['bias']
+        out = np.zeros_like(x)
+        for head in range(config.heads):
+            q, k, v = (qkv[..., (3 * head + i) * size:][..., :size] for i in range(3))
+            scores = q @ k.swapaxes(1, 2) / np.sqrt(size)
+            scores = np.where(attention.mask(kind, config.layout), scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[..., head * size:][..., :size] = weights / weights.sum(-1, keepdims=True) @ v
+        x = x + out @ p['out']['kernel'] + p['out']['bias']
+        p = layer['mlp']
+        hidden = norm(x, p['norm']) @ p['up']['kernel'] + p['up']['bias']
+        hidden = hidden / (1 + np.exp(-1.702 * hidden))
+        x = x + hidden @ p['down']['kernel'].T + p['down']['bias']
+    return norm(x, params['norm'])
+
+
+# -- the shape of the stack ------------------------------------------------------------------------
+
+
+def test_patterns_of_the_paper():
+    patterns = dalle_patterns(64)
+    assert [patterns.count(kind) for kind in ('row', 'column', 'conv')] == [47, 16, 1]
+    assert [i for i in range(1, 65) if patterns[i - 1] == 'column'] == list(range(2, 63, 4))
+    assert patterns[:4] == ('row', 'column', 'row', 'row')
+    assert patterns[-1] == 'conv'
+    assert dalle_patterns(6)[-1] == 'conv'  # layer 6 would be a column layer
+
+
+@pytest.mark.parametrize('depth,groups,tail', [
+    (1, 0, 1), (4, 0, 4), (8, 0, 8), (9, 2, 1), (12, 2, 4), (13, 3, 1), (64, 15, 4)])
+def test_groups(depth, groups, tail):
+    config = blocks(depth)
+    assert (config.groups, config.tail) == (groups, tail)
+    shapes = jax.eval_shape(lambda: init_module(Declared(transformer.declare(config)),
+                                                jax.random.key(0)))
+    assert sorted(shapes['tail']) == sorted(map(str, range(tail)))
+    assert ('body' in shapes) == (groups > 0)
+    if groups:
+        assert {x.shape[0] for x in jax.tree.leaves(shapes['body'])} == {groups}
+    matrices = sum(x.size for path, x in jax.tree.leaves_with_path(shapes)
+                   if path[-1].key == 'kernel')
+    vectors = sum(x.size for x in jax.tree.leaves(shapes)) - matrices
+    assert matrices == 12 * depth * 8 ** 2
+    assert vectors == depth * (9 + 4) * 8 + 2 * 8
+
+
+def test_initial_values_and_axes():
+    config = BlockConfig(9, 64, 2, dalle_patterns(9), LAYOUT, std=0.05)
+    module = Declared(transformer.declare(config))
+    params, axes = init_module(module, jax.random.key(0)), module_axes(module)
+    layer, names = params['body']['1'], axes['body']['1']
+    for block, name, std in (('attention', 'qkv', 0.05), ('attention', 'out', 0.05 / 18 ** 0.5),
+                             ('mlp', 'up', 0.05), ('mlp', 'down', 0.05 / 18 ** 0.5)):
+        assert layer[block][name]['kernel'].std() == pytest.approx(std, rel=0.05)
+        assert not layer[block][name]['bias'].any()
+    assert (params['norm']['gain'] == 1).all() and not params['norm']['bias'].any()
+    assert not np.allclose(layer['mlp']['up']['kernel'][0], layer['mlp']['up']['kernel'][1])
+    assert names['attention']['qkv'] == {'kernel': ('layers', 'embed', 'heads'),
+                                         'bias': ('layers', 'heads')}
+    assert names['attention']['out'] == {'kernel': ('layers', 'heads', 'embed'),
+                                         'bias': ('layers', None)}
+    assert names['mlp']['down']['kernel'] == ('layers', 'embed', 'mlp')
+    assert axes['tail']['0']['mlp']['up'] == {'kernel': ('embed', 'mlp'), 'bias': ('mlp',)}
+    assert jax.tree.map(jnp.ndim, params) == jax.tree.map(
+        len, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@pytest.mark.parametrize('changes,message', [
+    (dict(width=9), 'width=9 is not divisible by heads=2'), (dict(depth=0), 'depth=0'),
+    (dict(patterns=('row',) * 3), '3 patterns for depth=4'),
+    (dict(patterns=('rows',) * 4), "pattern 'rows'"), (dict(activation='tanh'), "'tanh'"),
+    (dict(depth=9, patterns=('row',) * 7 + ('column', 'conv')), 'must repeat')])
+def test_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(blocks(4), **changes)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('depth', [4, 9])
+def test_forward_is_the_oracle(depth):
+    """Unrolled (4) and scanned with a tail (9)."""
+    config = blocks(depth)
+    params, x = parameters(config), inputs(config)
+    got = jax.jit(lambda p, x: transformer.forward(p, config, x))(params, x)
+    np.testing.assert_allclose(got, oracle(params, config, x), atol=3e-5)
+
+
+def test_scan_is_the_unrolled_stack(monkeypatch):
+    """The same layers, all of them in the tail: values and gradients."""
+    config = blocks(9)
+    params, x = parameters(config), inputs(config)
+
+    def objective(params, x):
+        return jnp.sum(jnp.sin(transformer.forward(params, config, x)))
+
+    value, grads = jax.jit(jax.value_and_grad(objective))(params, x)
+    layers = unstacked(params, config)
+    flat = {'tail': {str(i): layer for i, layer in enumerate(layers)}, 'norm': params['norm']}
+    grads = unstacked(grads, config)
+    monkeypatch.setattr(BlockConfig, 'groups', 0)
+    flat_value, flat_grads = jax.jit(jax.value_and_grad(objective))(flat, x)
+    np.testing.assert_allclose(value, flat_value, rtol=1e-5)
+    for i, grad in enumerate(grads):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+                     grad, flat_grads['tail'][str(i)])
+
+
+def test_remat_changes_memory_and_nothing_else():
+    config = blocks(9, ('row',) * 9)
+    params, x = parameters(config), inputs(config)
+    grads, kept = {}, {}
+    for remat in transformer.REMAT:
+        def objective(params, remat=remat):
+            return jnp.sum(jnp.sin(transformer.forward(params, config, x, remat=remat)))
+        grads[remat] = jax.jit(jax.grad(objective))(params)
+        residuals = jax.eval_shape(lambda p: jax.vjp(objective, p)[1], params)
+        kept[remat] = sum(r.size for r in jax.tree.leaves(residuals))
+    assert kept['full'] < kept['dots'] < kept['none']
+    for remat in ('dots', 'full'):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                     grads['none'], grads[remat])
+
+
+def test_bfloat16_branches_on_a_float32_stream():
+    config = blocks(4)
+    params, x = parameters(config), inputs(config)
+    exact = oracle(params, config, x)
+    got = transformer.forward(params, config, x, dtype=jnp.bfloat16)
+    assert got.dtype == jnp.float32
+    error = np.abs(np.asarray(got) - exact).max()
+    assert 1e-4 < error < 0.15
+    text = jax.jit(lambda p, x: transformer.forward(p, config, x, dtype=jnp.bfloat16)).lower(
+        params, x).as_text()
+    products = [line for line in text.splitlines() if 'dot_general' in line]
+    assert products and all(line.split(':')[-1].count('bf16>') >= 2 for line in products)
+
+
+def test_constrain_is_told_axes():
+    seen = set()
+
+    def constrain(x, axes):
+        assert len(axes) == x.ndim
+        seen.add(axes)
+        return x
+
+    config = blocks(4)
+    jax.eval_shape(lambda p, x: transformer.forward(p, config, x, constrain=constrain),
+                   parameters(config), inputs(config))
+    assert seen == {('batch', None, None), ('batch', 'heads', None, None), ('batch', None, 'mlp')}
+
+
+# -- what depends on what --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', [*attention.PATTERNS, 'bidirectional'])
+def test_gradient_reaches_exactly_what_two_layers_see(kind):
+    layout = None if kind == 'bidirectional' else LAYOUT
+    config = dataclasses.replace(blocks(2, (kind, kind)), layout=layout)
+    params, x = parameters(config), inputs(blocks(2), batch=1)
+    jacobian = jax.jit(jax.jacrev(lambda x: transformer.forward(params, config, x)[0].sum(-1)))(x)
+    reached = np.abs(np.asarray(jacobian)).sum(-1)[:, 0] != 0
+    sees = np.ones((15, 15), bool) if layout is None else attention.mask(kind, layout)
+    np.testing.assert_array_equal(reached, sees.astype(int) @ sees > 0)
+
+
+# -- one state at a time ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('depth,patterns', [
+    (4, None), (9, None), (3, ('causal', 'conv', 'column')), (9, ('causal',) * 9)])
+def test_steps_equal_the_forward_pass(depth, patterns):
+    """C = 2 captions, N = 3 candidates each, the body scanned or not."""
+    config = blocks(depth, patterns)
+    params, text = parameters(config), LAYOUT.text
+    x = inputs(config, batch=6).reshape(2, 3, LAYOUT.length, config.width)
+    x[:, :, :text] = x[:, :1, :text]  # candidates share a caption
+    forward = jax.jit(lambda p, x: transformer.forward(p, config, x))
+    want = np.asarray(forward(params, x.reshape(6, *x.shape[2:]))).reshape(x.shape)[:, :, text:]
+
+    @jax.jit
+    def steps(params, x):
+        prompt = transformer.prefill(params, config, x[:, 0, :text])
+
+        def body(caches, scanned):
+            out, caches = transformer.step(params, config, *scanned, prompt, caches)
+            return caches, out
+        states = jnp.moveaxis(x[:, :, text:], 2, 0)
+        return jax.lax.scan(body, transformer.empty_caches(config, 2, 3),
+                            (states, jnp.arange(LAYOUT.image)))[1]
+
+    got = jnp.moveaxis(steps(params, x), 0, 2)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize('depth', [4, 9])
+def test_no_step_copies_a_cache(depth):
+    config = blocks(depth)
+    caches = jax.eval_shape(lambda: transformer.empty_caches(config, 2, 3))
+    params = parameters(config)
+
+    def run(params, x, text):
+        prompt = transformer.prefill(params, config, text)
+
+        def body(carry, position):
+            x, caches = carry
+            return transformer.step(params, config, x, position, prompt, caches), None
+        return jax.lax.scan(body, (x, transformer.empty_caches(config, 2, 3)),
+                            jnp.arange(LAYOUT.image))[0][0]
+
+    program = jax.jit(run).lower(params, jnp.zeros((2, 3, 8)), jnp.zeros((2, 3, 8))).compile()
+    bodies = [part for part in re.split(r'\n(?=\S)', program.as_text())
+              if not part.startswith('ENTRY')]
+    shapes = {','.join(map(str, x.shape)) for x in jax.tree.leaves(caches.past)}
+    for shape in shapes:
+        assert not any(re.search(rf'= f32\[{shape}\]\S* copy\(', body) for body in bodies)
+    written = sum('dynamic-update-slice(' in line and line.split('[')[1].split(']')[0] in shapes
+                  for body in bodies for line in body.splitlines())
+    assert written == len(jax.tree.leaves(caches.past))
+
+
+def test_attention_maps():
+    """Rows sum to 1, and each map is where its pattern allows; of the first layer: from the input."""
+    config = blocks(9)
+    params, x = parameters(config), inputs(config, batch=1)
+    maps = jax.jit(lambda p, x: transformer.attention_maps(p, config, x))(params, x)
+    assert set(maps) == {'row', 'column', 'conv'}
+    for kind, weights in maps.items():
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+        np.testing.assert_array_equal(weights[0] > 0, attention.mask(kind, LAYOUT))
+    first = blocks(1, ('row',))
+    alone = transformer.attention_maps(
+        {'tail': {'0': unstacked(params, config)[0]}, 'norm': params['norm']}, first, x)
+    np.testing.assert_allclose(maps['row'], alone['row'], atol=1e-6)
