@@ -7,7 +7,6 @@ be drawn again alone. Batch shapes are fixed and padded, so a program is compile
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -145,8 +144,8 @@ class Model:
             chosen = [min(start + i, len(captions) - 1) for i in range(rows)]  # last batch: padded
             parts = []
             for first in range(0, n, width):
-                keys = jnp.stack([image_keys(sampling.seed, captions[c], range(first, first + width))
-                                  for c in chosen])
+                indices = range(first, first + width)
+                keys = jnp.stack([image_keys(sampling.seed, captions[c], indices) for c in chosen])
                 parts.append(jax.device_get(draw(
                     text[chosen], keys, jnp.float32(sampling.temperature),
                     jnp.float32(sampling.top_p), sampling.top_p < 1)))
@@ -202,12 +201,6 @@ def image_keys(seed: int, caption: str, indices: Sequence[int]) -> jax.Array:
 def to_uint8(images: jax.Array) -> jax.Array:
     """Float images in [0, 1] as uint8, rounded."""
     return jnp.round(images * 255).astype(jnp.uint8)
-
-
-def grid_shape(n: int) -> tuple[int, int]:
-    """(rows, columns) of a contact sheet of n pictures, wider than high."""
-    columns = math.ceil(math.sqrt(n))
-    return math.ceil(n / columns), columns
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 12))

@@ -12,7 +12,6 @@ Variants:
 """
 
 from experiments import common
-from experiments.common import ConfigDict
 
 from dalle_jax.models import clip
 
@@ -24,11 +23,9 @@ def get_config(arg=None):
     if variant in ('scenes', 'folder'):
         return _small(variant, args)
     steps = args.steps or 400_000
-    return ConfigDict(dict(
+    return common.experiment(
         model='clip',
-        seed=0,
-        precision='auto',
-        arch=common.section(clip.PRESETS[variant]),
+        arch=clip.PRESETS[variant],
         text_vocab=49_408,
         frozen=dict(text=args.text),
         data=dict(
@@ -41,9 +38,7 @@ def get_config(arg=None):
             decay=r'kernel$|projection$'),
         loop=dict(steps=steps, log_every=100, valid_every=5_000, valid_batches=1,
                   snapshot_every=0, save_every=1_000),
-        mesh=dict(replica=1, fsdp=-1, tensor=1),
-        init_from='',
-    ))
+    )
 
 
 def _small(variant, args):
@@ -62,20 +57,16 @@ def _small(variant, args):
     else:
         data |= dict(source=args.source, path=args.path, train_split='train', valid_split='valid',
                      crop='stage2', valid_crop='center')
-    return ConfigDict(dict(
+    return common.experiment(
         model='clip',
-        seed=0,
-        precision='auto',
-        arch=common.section(arch),
+        arch=arch,
         text_vocab=128 if scenes else 1024,
         frozen=dict(text=args.text),
         data=data,
         optimizer=dict(
             name='muon', muon=r'(body|tail)/.*kernel$', peak_lr=3e-3, schedule='cosine',
-            warmup=30, decay_updates=steps, end_lr=1e-4, b2=0.98, weight_decay=0.01,
+            warmup=min(30, steps // 4), decay_updates=steps, end_lr=1e-4, b2=0.98, weight_decay=0.01,
             decay=r'kernel$|projection$', clip=1.0, average_decay=0.98),
         loop=dict(steps=steps, log_every=50, valid_every=steps // 2, valid_batches=4,
                   snapshot_every=0, save_every=100, prng='rbg'),
-        mesh=dict(replica=1, fsdp=-1, tensor=1),
-        init_from='',
-    ))
+    )

@@ -4,6 +4,11 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from dalle_jax.config import Experiment, LoopConfig
+from dalle_jax.data.sources import DataConfig
+from dalle_jax.training.optimizer import OptimizerConfig
+from dalle_jax.training.partition import MeshConfig
+
 
 def parse_arg(arg, *variants, **defaults):
     """Parses 'variant,key=value,...' into (variant, ConfigDict of typed values).
@@ -33,10 +38,34 @@ def parse_arg(arg, *variants, **defaults):
     return variant, values
 
 
-def section(preset, **changes):
-    """A model's preset as a ConfigDict, with some values changed."""
-    values = dataclasses.asdict(dataclasses.replace(preset, **changes))
-    return ConfigDict({k: v for k, v in values.items() if v is not None}, allow_dotted_keys=False)
+def experiment(*, model, arch, data, optimizer, loop, **rest):
+    """A training experiment's ConfigDict in which every key exists, so that any can be overridden.
+
+    Args:
+      model: module name in dalle_jax.models.
+      arch: that module's Config, an instance.
+      data, optimizer, loop: dicts of what differs from DataConfig, OptimizerConfig, LoopConfig.
+      **rest: other keys of Experiment.
+    """
+    return ConfigDict({
+        **_filled(Experiment, rest),
+        'model': model,
+        'arch': {k: v for k, v in dataclasses.asdict(arch).items() if v is not None},
+        'data': _filled(DataConfig, data),
+        'optimizer': _filled(OptimizerConfig, optimizer),
+        'loop': _filled(LoopConfig, loop),
+        'mesh': _filled(MeshConfig, rest.get('mesh', {})),
+    })
+
+
+def _filled(cls, values):
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    return {**defaults, **values}
 
 
 def scenes(size=60):

@@ -14,7 +14,6 @@ Variants:
 """
 
 from experiments import common
-from experiments.common import ConfigDict
 
 from dalle_jax.models import dalle
 
@@ -27,11 +26,9 @@ def get_config(arg=None):
         path='', source='folder', dvae='runs/dvae', steps=0, batch=0)
     if variant in ('scenes', 'folder'):
         return _small(variant, args)
-    return ConfigDict(dict(
+    return common.experiment(
         model='dalle',
-        seed=0,
-        precision='auto',
-        arch=common.section(dalle.PRESETS[variant]),
+        arch=dalle.PRESETS[variant],
         text_vocab=16_384,
         frozen=dict(image=args.dvae, text=''),
         data=dict(
@@ -45,9 +42,7 @@ def get_config(arg=None):
             clip=4.0, variance_clip=5.0, average_decay=0.99, average_every=25),
         loop=dict(steps=args.steps or 430_000, log_every=100, valid_every=5_000, valid_batches=8,
                   snapshot_every=5_000, save_every=1_000),
-        mesh=dict(replica=1, fsdp=-1, tensor=1),
-        init_from='',
-    ))
+    )
 
 
 def _small(variant, args):
@@ -67,21 +62,17 @@ def _small(variant, args):
     else:
         data |= dict(source=args.source, path=args.path, train_split='train', valid_split='valid',
                      crop='stage2', valid_crop='center', bpe_dropout=0.1)
-    return ConfigDict(dict(
+    return common.experiment(
         model='dalle',
-        seed=0,
-        precision='auto',
-        arch=common.section(arch),
+        arch=arch,
         text_vocab=128 if scenes else 1024,
         frozen=dict(image=args.dvae, text=''),
         data=data,
         optimizer=dict(
             name='muon', muon=r'(body|tail)/.*(qkv|out|up|down)(/kernel)?$', peak_lr=8e-3,
-            schedule='cosine', warmup=20, decay_updates=steps, end_lr=2.4e-4, b2=0.98,
+            schedule='cosine', warmup=min(20, steps // 4), decay_updates=steps, end_lr=2.4e-4, b2=0.98,
             weight_decay=0.01, decay=r'(qkv|out|up|down)(/kernel)?$', clip=1.0,
             average_decay=0.98),
         loop=dict(steps=steps, log_every=50, valid_every=steps // 2, valid_batches=16,
                   snapshot_every=steps // 2, save_every=100, prng='rbg'),
-        mesh=dict(replica=1, fsdp=-1, tensor=1),
-        init_from='',
-    ))
+    )

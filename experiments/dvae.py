@@ -15,7 +15,6 @@ Variants:
 """
 
 from experiments import common
-from experiments.common import ConfigDict
 
 from dalle_jax.models import dvae
 
@@ -27,11 +26,9 @@ def get_config(arg=None):
     if variant in ('scenes', 'folder'):
         return _small(variant, args)
     steps = args.steps or 3_000_000
-    return ConfigDict(dict(
+    return common.experiment(
         model='dvae',
-        seed=0,
-        precision='auto',
-        arch=common.section(dvae.PRESETS[variant]),
+        arch=dvae.PRESETS[variant],
         data=dict(
             source=args.source, path=args.path, train_split='train', valid_split='valid',
             batch_size=args.batch or 512, crop='stage1', valid_crop='center', workers=8),
@@ -40,9 +37,7 @@ def get_config(arg=None):
             b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, average_decay=0.999),
         loop=dict(steps=steps, log_every=100, valid_every=5_000, valid_batches=8,
                   snapshot_every=5_000, save_every=5_000),
-        mesh=dict(replica=1, fsdp=-1, tensor=1),
-        init_from='',
-    ))
+    )
 
 
 def _small(variant, args):
@@ -73,19 +68,15 @@ def _small(variant, args):
     else:
         data |= dict(source=args.source, path=args.path, train_split='train', valid_split='valid',
                      crop='stage1', valid_crop='center')
-    return ConfigDict(dict(
+    return common.experiment(
         model='dvae',
-        seed=0,
-        precision='auto',
-        arch=common.section(arch),
+        arch=arch,
         data=data,
         optimizer=dict(
             # Muon: twice the progress of AdamW per update on convolution kernels.
-            name='muon', muon=r'group_.*kernel', peak_lr=6e-3, schedule='cosine', warmup=30,
+            name='muon', muon=r'group_.*kernel', peak_lr=6e-3, schedule='cosine', warmup=min(30, steps // 4),
             decay_updates=steps, end_lr=1e-4, b2=0.95, weight_decay=1e-4, decay='kernel', clip=1.0,
             average_decay=0.98),
         loop=dict(steps=steps, log_every=50, valid_every=steps, valid_batches=8,
                   snapshot_every=steps // 2, save_every=100, prng='rbg'),
-        mesh=dict(replica=1, fsdp=-1, tensor=1),
-        init_from='',
-    ))
+    )

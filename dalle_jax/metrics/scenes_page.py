@@ -108,8 +108,8 @@ def _tokenizer_text(metrics):
         f"{metrics['codebook_size']} codes stand for the {metrics['distinct_patches']:,} "
         'different squares of pixels in a sample of the training images. Beside it a plain k-means '
         'lookup of pixel squares with as many codes, which learns nothing: '
-        f"{metrics['reconstruction_psnr']:.1f} dB and {_percent(metrics['reconstruction_accuracy'])} "
-        f"right for the dVAE, {metrics['lookup_psnr']:.1f} dB and "
+        f"{metrics['reconstruction_psnr']:.1f} dB and "
+        f"{_percent(metrics['reconstruction_accuracy'])} right for the dVAE, {metrics['lookup_psnr']:.1f} dB and "
         f"{_percent(metrics['lookup_accuracy'])} for the lookup.")
 
 

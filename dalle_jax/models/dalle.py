@@ -201,7 +201,10 @@ def _logits(params, x, kind, dtype):
 def _negative_log_likelihoods(params, config, text, codes, dtype, constrain):
     """Cross-entropies and logits: text [B, T - 1], image [B, I], and the logits of both."""
     codes = codes.reshape(len(codes), -1)
-    x = jnp.concatenate([_embed_text(params, text), _embed_image(params, codes[:, :-1])], axis=1)
+    # Whole tables: a lookup in divided ones would gather the states of the global batch instead.
+    tables = jax.tree.map(lambda x: constrain(x, (None,) * x.ndim),
+                          {kind: params[kind] for kind in ('text', 'image')})
+    x = jnp.concatenate([_embed_text(tables, text), _embed_image(tables, codes[:, :-1])], axis=1)
     x = transformer.forward(params['transformer'], config.blocks, x, dtype=dtype,
                             remat=config.remat, constrain=constrain)
     # The last text state has no target.

@@ -330,6 +330,9 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
         'elb_relaxed': (-nll.sum() - kl.sum(), float(nll.size)),
         'temperature': (tau, 1.0), 'beta': (beta, 1.0)}
     metrics |= _quality(maps, images, config) | codebook.usage(ids, config.vocab)
+    if config.warmup_steps:  # codes that are not in use yet cannot collapse
+        alarm, count = metrics['alarm/codebook_collapse']
+        metrics['alarm/codebook_collapse'] = jnp.where(step < 0, 0.0, alarm), count
     if not ctx.train:
         drawn = lookup(params, jnp.argmax(relaxed, axis=-1))
         hard = _nll(_decode(params, config, drawn, ctx.dtype), images, config)

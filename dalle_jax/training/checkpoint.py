@@ -6,7 +6,7 @@ the device (sharding-independent) and checked after restore. This file is the on
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in `directory`."""
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         self.directory = Path(directory).absolute()
         self._ocp = ocp
+        options = dict(read_only=True) if read_only else dict(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={'state': ocp.PyTreeCheckpointHandler(),
                            'checksums': ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True))
+            options=ocp.CheckpointManagerOptions(**options))
 
     def save(self, step: int, state: Any) -> None:
         """Starts saving; returns when the state may be donated again."""
@@ -55,35 +56,48 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints, but none can be used.
         """
+        args = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self.newest(lambda step: self._verified(step, abstract, args))
+
+    def read(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
+        """Some entries of a saved state as numpy arrays; those that it lacks as {}."""
+        tree = self._manager.item_metadata(step)['state'].tree
+        wanted = {name: tree[name] for name in names if tree.get(name)}
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted,
+                                is_leaf=lambda m: hasattr(m, 'dtype'))
+        args = jax.tree.map(lambda a: self._ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+        return dict.fromkeys(names, {}) | self._verified(step, abstract, args, partial=True)
+
+    def newest(self, restore: Callable[[int], Any]) -> tuple[int, Any] | None:
+        """(step, restore(step)) of the newest step for which that succeeds; see `restore`."""
         problems = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return step, self._restore_step(step, abstract)
+                return step, restore(step)
             except Exception as error:  # whatever orbax raises for a damaged file
-                problems.append(f'step {step}: {_first_line(error)}')
-                logging.warning('checkpoint %s/%d cannot be used: %s', self.directory, step,
-                                _first_line(error))
+                first_line = (str(error).splitlines() or [''])[0]
+                problems.append(f'step {step}: {type(error).__name__}: {first_line}')
+                logging.warning('checkpoint %s cannot be used: %s', self.directory, problems[-1])
         if problems:
             raise CheckpointError(
                 f'no usable checkpoint in {self.directory}: ' + '; '.join(problems)
-                + '. Remove the directory to start the run again from nothing.')
+                + '. Remove the directory and train again.')
         return None
 
-    def _restore_step(self, step, abstract):
+    def _verified(self, step, abstract, restore_args, partial=False):
         ocp = self._ocp
         restored = self._manager.restore(step, args=ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
-                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)),
+            state=ocp.args.PyTreeRestore(abstract, restore_args=restore_args,
+                                         partial_restore=partial),
             checksums=ocp.args.JsonRestore()))
-        wrong = mismatches(restored['checksums'], checksums(restored['state']))
+        state, stored = restored['state'], restored['checksums']
+        if partial:
+            stored = {name: value for name, value in stored.items() if name.split('/')[0] in state}
+        wrong = mismatches(stored, checksums(state))
         if wrong:
-            raise CheckpointError(f'damaged data in {", ".join(wrong[:3])}'
-                                  + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''))
-        return restored['state']
-
-    def latest_step(self) -> int | None:
-        """The newest step on disk, verified or not."""
-        return self._manager.latest_step()
+            more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
+            raise CheckpointError(f'damaged data in {", ".join(wrong[:3])}{more}')
+        return state
 
     def close(self) -> None:
         """Waits until everything is on disk; raises what went wrong in the background."""
@@ -104,41 +118,18 @@ def restore_subtree(directory: str | Path, names: tuple[str, ...]) -> tuple[int,
     Raises:
       CheckpointError: no checkpoint, or none that verifies.
     """
-    import orbax.checkpoint as ocp
-
     directory = Path(directory).absolute()
-    steps = sorted((int(p.name) for p in directory.glob('[0-9]*') if p.name.isdigit()),
-                   reverse=True) if directory.is_dir() else []
-    problems = []
-    for step in steps:
-        try:
-            return step, _read(ocp, directory / str(step), names)
-        except Exception as error:
-            problems.append(f'step {step}: {_first_line(error)}')
-            logging.warning('checkpoint %s/%d cannot be used: %s', directory, step,
-                            _first_line(error))
-    raise CheckpointError(f'no usable checkpoint in {directory}: '
-                          + ('; '.join(problems) or 'it holds no saved step')
-                          + '. Train the run again or name another one.')
-
-
-def _read(ocp, path, names):
-    import json
-
-    handler = ocp.PyTreeCheckpointer()
-    tree = handler.metadata(path / 'state').item_metadata.tree
-    wanted = {name: tree[name] for name in names if tree.get(name)}
-    abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted,
-                            is_leaf=lambda m: hasattr(m, 'dtype'))
-    numpy_leaves = jax.tree.map(lambda a: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-    state = handler.restore(path / 'state', args=ocp.args.PyTreeRestore(
-        abstract, restore_args=numpy_leaves, partial_restore=True))
-    stored = json.loads((path / 'checksums' / 'metadata').read_text())
-    wrong = mismatches({name: value for name, value in stored.items()
-                        if name.split('/')[0] in wanted}, checksums(state))
-    if wrong:
-        raise CheckpointError(f'damaged data in {", ".join(wrong[:3])}')
-    return {name: state.get(name, {}) for name in names}
+    if not directory.is_dir():
+        raise CheckpointError(f'there are no checkpoints in {directory}. Train the run, or name '
+                              'another one.')
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        found = checkpoints.newest(lambda step: checkpoints.read(step, names))
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise CheckpointError(f'no step is saved in {directory}. Train the run, or name another one.')
+    return found
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -163,6 +154,3 @@ def _checksum(x):
     weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435762) + jnp.uint32(1)
     return jnp.sum(bits * weights)
 
-
-def _first_line(error):
-    return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ""}'

@@ -1,6 +1,8 @@
 """DALL-E: the paper's counts, the sequence, the loss in float64, and drawing token by token."""
 
 import dataclasses
+import functools
+import re
 import types
 
 import jax
@@ -34,8 +36,21 @@ def codes(count=2, config=CONFIG, seed=1):
     return np.random.default_rng(seed).integers(0, config.image_vocab, (count, *config.grid))
 
 
-def terms(config, params, batch, train=True, **context):
-    return dalle.loss(params, {}, batch, Context(config, train=train, **context))
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def terms(config, params, batch, train=True):
+    return dalle.loss(params, {}, batch, Context(config, train=train))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def likelihood(params, config, text, ids):
+    return dalle.likelihood(params, config, text, ids)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def image_logits(params, config, text, ids):
+    """From the full forward pass, [B, I, V]."""
+    return dalle._negative_log_likelihoods(
+        params, config, text, ids, jnp.float32, lambda x, axes: x)[2][1]
 
 
 def objective(params, config, batch):
@@ -50,13 +65,13 @@ def test_parameters_of_the_12b_model():
     sizes = {jax.tree_util.keystr(path, simple=True, separator='/'): x.size
              for path, x in jax.tree.leaves_with_path(tree)}
 
-    def count(*parts):
-        return sum(n for name, n in sizes.items() if any(p in name for p in parts))
+    def count(pattern):
+        return sum(n for name, n in sizes.items() if re.search(pattern, name))
 
-    assert count('/kernel') == 12_092_178_432
-    assert count('transformer') - count('/kernel') == 3_309_312
-    assert count('text/', 'image/') - count('heads/') == 99_811_072
-    assert count('heads/') == 97_517_568
+    assert count('kernel$') == 12_092_178_432
+    assert count('^transformer/.*(bias|gain)$') == 3_309_312
+    assert count('^(text|image)/') == 99_811_072
+    assert count('^heads/') == 97_517_568
     assert sum(sizes.values()) == 12_292_816_384
 
 
@@ -158,14 +173,14 @@ def oracle(params, config, text, image):
 @pytest.mark.parametrize('config', [CONFIG, DEEP], ids=['unrolled', 'scanned'])
 def test_loss_is_the_oracle(config):
     params, image = parameters(config), codes()
-    got, metrics, state = jax.jit(lambda p: terms(config, p, {'text': TEXT, 'codes': image}))(params)
+    got, metrics, state = terms(config, params, {'text': TEXT, 'codes': image})
     of_text, of_image = oracle(params, config, TEXT, image)
     np.testing.assert_allclose(got['text'].sum, of_text.sum(), rtol=1e-5)
     np.testing.assert_allclose(got['image'].sum, of_image.sum(), rtol=1e-5)
     assert (got['text'].count, got['image'].count) == (8, 24)
     assert (got['text'].weight, got['image'].weight) == (1 / 8, 7 / 8)
     assert metrics == {} and state == {}
-    likelihoods = jax.jit(dalle.likelihood, static_argnums=1)(params, config, TEXT, image)
+    likelihoods = likelihood(params, config, TEXT, image)
     np.testing.assert_allclose(likelihoods[0], -of_text.sum(1), rtol=1e-5)
     np.testing.assert_allclose(likelihoods[1], -of_image.sum(1), rtol=1e-5)
 
@@ -176,11 +191,11 @@ def test_loss_is_the_oracle(config):
 def test_pads_in_the_loss(pads, counted):
     config = dataclasses.replace(CONFIG, pads=pads)
     params, image = parameters(config), codes()
-    got = terms(config, params, {'text': TEXT, 'codes': image}, train=False)
+    got = terms(config, params, {'text': TEXT, 'codes': image}, False)
     of_text, _ = oracle(params, config, TEXT, image)
     np.testing.assert_allclose(got[0]['text'].sum, (of_text * counted).sum(), rtol=1e-5)
     assert got[0]['text'].count == np.sum(counted) == got[1]['text_accuracy'][1]
-    text_logp, _ = dalle.likelihood(params, config, TEXT, image)
+    text_logp, _ = likelihood(params, config, TEXT, image)
     np.testing.assert_allclose(text_logp, -(of_text * counted).sum(1), rtol=1e-5)
 
 
@@ -192,7 +207,7 @@ def test_accuracies():
         params['heads'][kind][:] = 0
         params['heads'][kind][:, 1] = 1e6 * params['transformer']['norm']['bias']
     image = codes()
-    metrics = terms(CONFIG, params, {'text': TEXT, 'codes': image}, train=False)[1]
+    metrics = terms(CONFIG, params, {'text': TEXT, 'codes': image}, False)[1]
     assert metrics == {'text_accuracy': ((TEXT == 1).sum(), 8),
                        'image_accuracy': ((image == 1).sum(), 24)}
 
@@ -263,8 +278,9 @@ def test_images_are_tokenized_in_the_loss():
     image, pictures, frozen = tokenized()
     params = parameters(CONFIG)
     want = terms(CONFIG, params, {'text': TEXT, 'codes': image})[0]
-    got = terms(CONFIG, params, {'text': TEXT, 'image': pictures}, frozen=frozen)[0]
-    assert got['image'].sum == want['image'].sum
+    got = jax.jit(lambda p, images: dalle.loss(
+        p, {}, {'text': TEXT, 'image': images}, Context(CONFIG, frozen=frozen))[0])(params, pictures)
+    np.testing.assert_allclose(got['image'].sum, want['image'].sum, rtol=1e-6)
     with pytest.raises(ValueError, match='frozen.image'):
         terms(CONFIG, params, {'text': TEXT, 'image': pictures})
 
@@ -287,11 +303,19 @@ def test_golden_step():
     batch = {'text': TEXT, 'codes': np.arange(24).reshape(2, 3, 4) % 13}
     loss, grads = jax.jit(jax.value_and_grad(lambda p: objective(p, DEEP, batch)))(params)
     norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(grads)))
-    assert (float(loss), norm) == (pytest.approx(GOLDEN[0], rel=1e-4),
-                                   pytest.approx(GOLDEN[1], rel=1e-3))
 
+    def exact(distance):
+        """The float64 oracle's loss, this far along the gradient."""
+        moved = jax.tree.map(lambda p, g: p + distance / norm * np.asarray(g, np.float64),
+                             params, grads)
+        of_text, of_image = oracle(moved, DEEP, TEXT, batch['codes'])
+        return of_text.mean() / 8 + of_image.mean() * 7 / 8
 
-GOLDEN = (0.0, 0.0)
+    assert float(loss) == pytest.approx(exact(0), rel=1e-5)
+    # Only along the true gradient is the slope the norm.
+    assert norm == pytest.approx((exact(1e-4) - exact(-1e-4)) / 2e-4, rel=1e-5)
+    assert (float(loss), norm) == (pytest.approx(2.625703, rel=1e-5),
+                                   pytest.approx(0.4825218, rel=1e-4))
 
 
 # -- drawing ---------------------------------------------------------------------------------------
@@ -315,7 +339,7 @@ def test_likelihood_of_what_is_drawn(config):
     assert ids.shape == (2, 3, *config.grid) and ids.dtype == jnp.int32
     assert len({tuple(np.ravel(x)) for x in np.asarray(ids).reshape(6, -1)}) == 6
     for candidate in range(3):
-        want = dalle.likelihood(params, config, TEXT, ids[:, candidate])[1]
+        want = likelihood(params, config, TEXT, ids[:, candidate])[1]
         np.testing.assert_allclose(logp[:, candidate], want, rtol=1e-4)
 
 
@@ -323,8 +347,7 @@ def test_temperature_zero_takes_the_best_token():
     params = parameters(CONFIG)
     ids, _ = generate(CONFIG, params, TEXT, keys=keys(2, 2), temperature=0.0)
     np.testing.assert_array_equal(ids[:, 0], ids[:, 1])
-    _, _, (_, logits) = dalle._negative_log_likelihoods(
-        params, CONFIG, TEXT, ids[:, 0], jnp.float32, lambda x, axes: x)
+    logits = image_logits(params, CONFIG, TEXT, ids[:, 0])
     np.testing.assert_array_equal(ids[:, 0].reshape(2, -1), logits.argmax(-1))
     filtered, _ = generate(CONFIG, params, TEXT, keys=keys(2, 1), temperature=0.0,
                            top_p=jnp.float32(0.9), top_k=3)
@@ -345,7 +368,7 @@ def test_prefix_is_kept_and_continued():
     flat = np.asarray(ids).reshape(2, 2, 12)
     np.testing.assert_array_equal(flat[..., :5], np.repeat(prefix[:, None], 2, 1))
     assert (flat[:, 0, 5:] != flat[:, 1, 5:]).any()
-    np.testing.assert_allclose(logp[:, 1], dalle.likelihood(params, CONFIG, TEXT, ids[:, 1])[1],
+    np.testing.assert_allclose(logp[:, 1], likelihood(params, CONFIG, TEXT, ids[:, 1])[1],
                                rtol=1e-4)
     whole, _ = generate(CONFIG, params, TEXT, keys=keys(2, 1), prefix=codes().reshape(2, 12))
     np.testing.assert_array_equal(whole[:, 0], codes())
@@ -367,8 +390,7 @@ def test_frequencies_of_drawn_tokens(temperature, top_k, top_p):
     params, draws = parameters(config), 4096
     ids, logp = generate(config, params, TEXT[:1], keys=keys(1, draws), temperature=temperature,
                          top_k=top_k, top_p=top_p if top_p == 1 else jnp.float32(top_p))
-    _, _, (_, logits) = dalle._negative_log_likelihoods(
-        params, config, TEXT[:1], np.zeros((1, 1, 1), int), jnp.float32, lambda x, axes: x)
+    logits = image_logits(params, config, TEXT[:1], np.zeros((1, 1, 1), int))
     logits = np.asarray(logits, np.float64)[0, 0]
     p = filtered_probabilities(logits, temperature, top_k, top_p)
     frequencies = np.bincount(np.ravel(ids), minlength=6) / draws
@@ -412,8 +434,8 @@ def test_filters_cost_nothing_when_off():
         return str(jax.make_jaxpr(lambda p, k: dalle.generate(
             p, CONFIG, TEXT, keys=k, temperature=0.7, **options))(parameters(CONFIG), keys(2, 1)))
 
-    assert 'sort' not in program() and 'top_k' not in program()
-    assert 'sort' in program(top_p=0.9) and 'top_k' in program(top_k=3)
+    assert 'sort[' not in program() and 'top_k[' not in program()
+    assert 'sort[' in program(top_p=0.9) and 'top_k[' in program(top_k=3)
 
 
 def test_image_logits_only():

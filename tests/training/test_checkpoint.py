@@ -47,7 +47,7 @@ def test_round_trip_is_exact(tmp_path):
 
 def test_nothing_saved(tmp_path):
     assert lib.Checkpoints(tmp_path).restore(ABSTRACT) is None
-    with pytest.raises(lib.CheckpointError, match='it holds no saved step'):
+    with pytest.raises(lib.CheckpointError, match='there are no checkpoints in'):
         lib.restore_subtree(tmp_path / 'absent', ('params',))
 
 
@@ -88,7 +88,7 @@ def test_truncated_everywhere_is_an_error_with_a_remedy(tmp_path):
         file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(lib.CheckpointError, match='no usable checkpoint in .*step 3'):
         lib.Checkpoints(tmp_path).restore(ABSTRACT)
-    with pytest.raises(lib.CheckpointError, match='Train the run again'):
+    with pytest.raises(lib.CheckpointError, match='Remove the directory and train again'):
         lib.restore_subtree(tmp_path, ('params',))
 
 

@@ -1,0 +1,170 @@
+"""All stages on a tiny budget, and everything one can do with their runs afterwards."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dalle_jax
+from dalle_jax import config as config_lib
+from dalle_jax import evaluate, generate, runs, sample, train
+from dalle_jax.data.scenes import SceneConfig, Scenes
+from dalle_jax.training.checkpoint import CheckpointError
+
+CAPTIONS = ['a small red circle on a white background',
+            'a large blue star above a small green ring on a black background',
+            'a small orange square on a black background']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Directories of a dVAE, a DALL-E and a CLIP run of twenty steps."""
+    root = tmp_path_factory.mktemp('runs')
+
+    def stage(name, values):
+        config = config_lib.load(f'experiments/{name}.py:scenes,steps=20,batch=8', {
+            'data.train_length': 512, 'data.valid_length': 32, 'loop.valid_batches': 2,
+            'loop.log_every': 10} | values)
+        train.run(config, root / name)
+
+    stage('dvae', {'arch.widths': (16, 32), 'arch.blocks_per_group': 1, 'arch.n_init': 32,
+                   'arch.vocab': 64})
+    small = {'arch.width': 32, 'arch.heads': 2, 'arch.depth': 2}
+    stage('dalle', small | {'frozen.image': str(root / 'dvae')})
+    stage('clip', {'frozen.text': str(root / 'dalle'), 'arch.image_depth': 1, 'arch.text_depth': 1})
+    return root
+
+
+@pytest.fixture(scope='module')
+def model(trained):
+    return dalle_jax.load(trained / 'dalle', clip=trained / 'clip')
+
+
+def test_stages_agree_on_sizes_and_text(trained, model):
+    """The experiment file says 512 codes; the transformer has what its tokenizer has."""
+    assert model.run.config.image_vocab == 64 == model.image_run.config.vocab
+    assert model.run.config.text_vocab == model.run.tokenizer.vocab_size
+    assert runs.load(trained / 'clip').tokenizer == model.run.tokenizer
+
+
+def test_sampling_repeats_and_is_independent_of_the_batch(model):
+    drawn = model.sample(CAPTIONS, n=3, seed=5, temperature=0.9)
+    again = model.sample(CAPTIONS, n=3, seed=5, temperature=0.9)
+    for a, b in zip(drawn, again):
+        np.testing.assert_array_equal(a.images, b.images)
+        assert a.images.shape == (3, 60, 60, 3) and a.ids.shape == (3, 10, 10)
+    alone = model.sample(CAPTIONS[1:2], n=3, seed=5, temperature=0.9, batch=1)
+    np.testing.assert_array_equal(alone[0].ids, drawn[1].ids)
+    np.testing.assert_allclose(alone[0].logp, drawn[1].logp, rtol=1e-4)
+    other = model.sample(CAPTIONS[:1], n=3, seed=6, temperature=0.9)
+    assert (other[0].ids != drawn[0].ids).any()
+
+
+def test_pictures_are_the_decoded_tokens_and_scores_those_of_clip(model):
+    drawn = model.sample(CAPTIONS[:1], n=4, seed=0)[0]
+    np.testing.assert_array_equal(drawn.images, model.decode(drawn.ids))
+    np.testing.assert_allclose(drawn.scores, model.score(CAPTIONS[:1] * 4, drawn.images), rtol=1e-4)
+    assert drawn.scores[drawn.order()[0]] == drawn.scores.max()
+    plain = dalle_jax.load(model.run.path).sample(CAPTIONS[:1], n=4, seed=0)[0]
+    assert plain.scores is None
+    np.testing.assert_array_equal(plain.order(), np.argsort(-drawn.logp, kind='stable'))
+
+
+def test_log_likelihood_is_that_of_a_full_pass(model):
+    drawn = model.sample(CAPTIONS, n=2, seed=1, temperature=0.5, top_k=8)
+    text, _ = generate.encode_captions(model.run.tokenizer, CAPTIONS,
+                                       model.run.config.text_length - 1)
+    for row, one in zip(text, drawn):
+        _, logp = model.run.module.likelihood(model.run.params, model.run.config,
+                                              np.repeat(row[None], 2, 0), one.ids)
+        np.testing.assert_allclose(one.logp, logp, rtol=1e-4)
+
+
+def test_encode_and_decode(model):
+    images = Scenes(SceneConfig(), 'any', 4).images(np.arange(4))
+    ids = model.encode(images)
+    assert ids.shape == (4, 10, 10) and ids.max() < 64
+    assert model.decode(ids).dtype == np.uint8
+    with pytest.raises(ValueError, match=r'float64 \[4, 60, 60, 3\]; expected uint8 .*60, 60, 3'):
+        model.encode(images / 255)
+    with pytest.raises(ValueError, match=r'values in \[0, 64\)'):
+        model.decode(ids + 64)
+
+
+def test_captions_that_cannot_be_drawn_are_named(model):
+    with pytest.raises(ValueError, match="caption 1 is empty"):
+        model.sample(['a red circle', '  '])
+    with pytest.raises(ValueError, match='give a list of captions'):
+        model.sample('a red circle')
+    with pytest.raises(ValueError, match='there are no captions'):
+        model.sample([])
+    with pytest.raises(ValueError, match='temperature is -1'):
+        model.sample(CAPTIONS, temperature=-1)
+    long = ' '.join(['large red star'] * 50)
+    assert model.sample([long])[0].truncated
+
+
+def test_a_run_does_what_it_can_and_says_what_it_cannot(trained):
+    dvae = dalle_jax.load(trained / 'dvae')
+    with pytest.raises(ValueError, match='is a dvae run, which cannot sample; load a DALL-E run'):
+        dvae.sample(CAPTIONS)
+    with pytest.raises(ValueError, match='is a clip run, which cannot encode images'):
+        dalle_jax.load(trained / 'clip').encode(np.zeros((1, 60, 60, 3), np.uint8))
+
+
+def test_sample_writes_images_grid_and_lines(model, tmp_path):
+    sample.run(model, CAPTIONS, generate.Sampling(candidates=4, seed=3), 2, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+    assert [(line['caption'], line['rank']) for line in lines] == [
+        (caption, rank) for caption in CAPTIONS for rank in range(2)]
+    drawn = model.sample(CAPTIONS, n=4, seed=3)
+    for line in lines:
+        expected = drawn[CAPTIONS.index(line['caption'])]
+        assert line['index'] == expected.order()[line['rank']]
+        picture = np.asarray(Image.open(tmp_path / line['file']))
+        np.testing.assert_array_equal(picture, expected.images[line['index']])
+    assert Image.open(tmp_path / 'grid.png').size == (2 * 62 + 2, 3 * 62 + 2)
+
+
+def test_captions_from_arguments_file_and_standard_input(tmp_path, monkeypatch):
+    file = tmp_path / 'captions.txt'
+    file.write_text('one\n\n two \n')
+    assert sample.read_captions([], str(file)) == ['one', 'two']
+    monkeypatch.setattr('sys.stdin', io.StringIO('three\n'))
+    assert sample.read_captions([], '-') == ['three']
+    assert sample.read_captions(['four'], None) == ['four']
+
+
+def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
+    config = config_lib.load(
+        f"experiments/evaluate.py:scenes,run={trained / 'dalle'},clip={trained / 'clip'}",
+        {'captions': 6, 'candidates': 8, 'images': 12, 'lookup_images': 64, 'batch': 16})
+    metrics = evaluate.run(config, tmp_path / 'eval')
+    wanted = ('caption_accuracy_1 caption_accuracy_8 pair_accuracy_1 pair_accuracy_8 '
+              'reconstruction_accuracy reconstruction_psnr lookup_accuracy lookup_psnr '
+              'codebook_used codebook_perplexity text_loss image_loss caption_colour '
+              'caption_shape caption_size caption_relation caption_background caption_count')
+    assert set(wanted.split()) <= set(metrics)
+    assert json.loads((tmp_path / 'eval' / 'metrics.json').read_text()) == metrics
+    page = (tmp_path / 'eval' / 'report.html').read_text()
+    assert 'never trained on' in page and not re.search(r'(src|href)="?http', page)
+    capsys.readouterr()
+    again = evaluate.run(config, tmp_path / 'eval')
+    assert again == metrics and 'images/s' not in capsys.readouterr().out  # nothing drawn again
+    with pytest.raises(runs.RunError, match='evaluation with other settings'):
+        evaluate.run(config_lib.load('experiments/evaluate.py:scenes'), tmp_path / 'eval')
+
+
+def test_a_damaged_run_is_refused_by_name(trained, tmp_path):
+    import shutil
+    shutil.copytree(trained / 'dvae', tmp_path / 'dvae')
+    for file in (tmp_path / 'dvae' / 'checkpoints').rglob('d/*'):
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match='no usable checkpoint in .*dvae'):
+        dalle_jax.load(tmp_path / 'dvae')
+    shutil.rmtree(tmp_path / 'dvae' / 'checkpoints')
+    with pytest.raises(CheckpointError, match='there are no checkpoints'):
+        dalle_jax.load(tmp_path / 'dvae')
