@@ -121,14 +121,12 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
 
     # -- the work that happens now and then --------------------------------------------------
     def run_validation(step):
-        params, total = step_lib.best_params(state), None
-        for i in range(valid_batches):
-            batch = partition.put_batch(valid.batch(i), mesh)
-            sums = validate(params, state.model_state, batch, state.updates, frozen_params,
-                            frozen_static)
-            total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-        values = {k: float(v) for k, v in step_lib.means(*_mean_weights(
-            jax.device_get(total), valid_batches)).items()}
+        params = step_lib.best_params(state)
+        parts = [validate(params, state.model_state, partition.put_batch(valid.batch(i), mesh),
+                          state.updates, frozen_params, frozen_static)
+                 for i in range(valid_batches)]
+        values = step_lib.means(*step_lib.added(jax.device_get(parts)))
+        values = {k: float(v) for k, v in values.items()}
         log.log('valid', step, values)
         say(f'{name}: validation at {step}: {_brief(values)}')
         return values
@@ -150,6 +148,8 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
                                 workers=experiment.data.workers)
     for step, batch in batches:
         done = step + loop.group
+        progress.got_batch(batches.wait_seconds, device_idle=bool(window) and all(
+            leaf.is_ready() for leaf in jax.tree.leaves(window[-1])))
         state, metrics = train(state, partition.put_batch(batch, mesh, stacked=loop.group > 1),
                                frozen_params, frozen_static)
         if step == first:
@@ -157,7 +157,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
             progress.start()
         window.append(metrics)
         if pending:  # fetched one dispatch late, so that the device never waits for the host
-            _log_window(log, progress, *pending, batches)
+            _log_window(log, progress, *pending)
             pending = None
         if done % loop.log_every == 0 or done == loop.steps:
             pending, window = (done, window), []
@@ -168,7 +168,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
             ('valid', loop.valid_every), ('snapshot', loop.snapshot_every),
             ('save', loop.save_every))}
         if any(due.values()) and pending:
-            _log_window(log, progress, *pending, batches)
+            _log_window(log, progress, *pending)
             pending = None
         with progress.paused():
             if due['valid']:
@@ -179,6 +179,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
                 checkpoints.save(done, state)
         if stop.requested:
             break
+    batches.close()
     checkpoints.close()
     stop.restore()
     if stop.requested and done < loop.steps:
@@ -263,16 +264,10 @@ def _prepare(state, experiment, model, source, spec, tokenizer, name):
     return state._replace(params=params, averages=averages)
 
 
-def _mean_weights(sums, batches):
-    """Weights of terms are no sums; undo their addition over batches."""
-    terms, metrics = sums
-    return {k: t._replace(weight=t.weight / batches) for k, t in terms.items()}, metrics
-
-
-def _log_window(log, progress, step, window, batches):
+def _log_window(log, progress, step, window):
     values = {name: np.concatenate([np.atleast_1d(jax.device_get(m[name])) for m in window]).mean()
               for name in window[0]}
-    values |= progress.rates(step, batches.wait_seconds)
+    values |= progress.rates(step)
     log.log('train', step, values)
     say(progress.line(step, values))
     for name, value in values.items():
@@ -286,8 +281,8 @@ class _Progress:
     def __init__(self, name, first, last, group, batch_size):
         self.name, self.step, self.last, self.batch_size = name, first, last, batch_size
         self._group = group
-        self._mark, self._aside, self._wait = time.monotonic(), 0.0, 0.0
-        self._rate = None
+        self._mark, self._aside, self._rate = time.monotonic(), 0.0, None
+        self._waited, self._starved = 0.0, 0.0
 
     def start(self):
         """Called when the first dispatch, which compiles, is done."""
@@ -298,14 +293,19 @@ class _Progress:
     def paused(self):
         return _Aside(self)
 
-    def rates(self, step, wait_seconds):
+    def got_batch(self, wait_seconds, device_idle):
+        """Waiting for a batch costs something only if the device has run out of work by then."""
+        if device_idle:
+            self._starved += wait_seconds - self._waited
+        self._waited = wait_seconds
+
+    def rates(self, step):
         now = time.monotonic()
         busy = max(now - self._mark - self._aside, 1e-9)
-        rate = (step - self.step) / busy
-        waited = (wait_seconds - self._wait) / busy
-        self.step, self._mark, self._aside, self._wait, self._rate = step, now, 0.0, wait_seconds, rate
-        return {'steps_per_s': rate, 'examples_per_s': rate * self.batch_size,
-                'data_wait': waited}
+        self._rate, starved = (step - self.step) / busy, self._starved / busy
+        self.step, self._mark, self._aside, self._starved = step, now, 0.0, 0.0
+        return {'steps_per_s': self._rate, 'examples_per_s': self._rate * self.batch_size,
+                'data_wait': starved}
 
     def line(self, step, values):
         left = (self.last - step) / self._rate

@@ -291,15 +291,9 @@ def filter_logits(logits: jax.Array, temperature: jax.Array | float, top_k: int,
         descending = -jnp.sort(-p, axis=-1)
         before = jnp.cumsum(descending, axis=-1) - descending
         last = jnp.min(jnp.where(before < top_p, descending, 1.0), axis=-1, keepdims=True)
-        logits = jnp.where(p < last, -jnp.inf, logits)
+        # At 1 nothing is dropped, not even what is lost in the rounding of the sum.
+        logits = jnp.where((p < last) & (top_p < 1), -jnp.inf, logits)
     return logits
-
-
-def _argmax(x):
-    """The first index of the maximum over the last axis. jnp.argmax is not vectorised on CPUs."""
-    best = x == x.max(axis=-1, keepdims=True)
-    return jnp.min(jnp.where(best, lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1),
-                             x.shape[-1]), axis=-1)
 
 
 def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
@@ -347,7 +341,8 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
         # The largest of logits / t + noise is a sample; times t, the limit t = 0 is no exception.
         noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(
             jax.random.fold_in(key, position), (config.image_vocab,))))(keys)
-        token = _argmax(filter_logits(logits, temperature, top_k, top_p) + temperature * noise)
+        noisy = filter_logits(logits, temperature, top_k, top_p) + temperature * noise
+        token = lax.top_k(noisy, 1)[1][..., 0]  # argmax, which CPUs do not vectorise
         token = jnp.where(position < kept, given[:, None], token)
         return (caches, token, logp - losses.cross_entropy(logits, token)), token
 

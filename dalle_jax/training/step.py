@@ -1,6 +1,6 @@
 """The training step: one pure function, jitted in one place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -124,8 +124,7 @@ def make_train(task: Task, state: State, group: int = 1):
 def make_validate(task: Task):
     """The jitted validation of one batch: (params, model_state, batch, frozen) -> sums.
 
-    Returns pairs (sum, count), which add over batches; 'loss' is computed from the terms' means
-    by `means`.
+    Returns terms and metrics as sums and counts; see `added` and `means`.
     """
     def validate(params, model_state, batch, step, frozen_params, frozen_static):
         # A fixed key: noise in a validation loss is the same at every step of a run.
@@ -142,6 +141,16 @@ def means(terms: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any
     values = {name: term.sum / term.count for name, term in terms.items()}
     total = sum(term.weight * values[name] for name, term in terms.items())
     return {'loss': total, **values, **{name: s / c for name, (s, c) in metrics.items()}}
+
+
+def added(parts: Sequence[tuple[Mapping, Mapping]]) -> tuple[dict, dict]:
+    """Terms and metrics of several batches as those of one: sums and counts added."""
+    terms = {name: last._replace(sum=sum(t[name].sum for t, _ in parts),
+                                 count=sum(t[name].count for t, _ in parts))
+             for name, last in parts[-1][0].items()}
+    metrics = {name: (sum(m[name][0] for _, m in parts), sum(m[name][1] for _, m in parts))
+               for name in parts[-1][1]}
+    return terms, metrics
 
 
 def bind(static: tuple, params: Mapping[str, Any]) -> dict[str, Any]:

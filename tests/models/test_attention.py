@@ -85,7 +85,7 @@ layouts = st.builds(Layout, text=st.integers(1, 7), rows=st.integers(1, 7),
                     columns=st.integers(1, 9), kernel=st.sampled_from([1, 3, 5, 9]))
 
 
-@settings(max_examples=18, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(kind=st.sampled_from(SPARSE), layout=layouts, seed=st.integers(0, 99))
 def test_blocks_equal_definition(kind, layout, seed):
     arrays = tensors(layout, seed=seed)
@@ -142,7 +142,8 @@ def test_bfloat16_products_everywhere_and_float32_scores():
     arrays = [jnp.zeros((1, 1, 41, 8), jnp.bfloat16)] * 4
     text = jax.jit(lambda *x: output_and_gradients('row', layout, *x)).lower(*arrays).as_text()
     products = [line for line in text.splitlines() if 'dot_general' in line]
-    assert len(products) == 3 * 6  # text, image to text, image to window: q k and p v, and gradients
+    # Text to text, image to text, image to window; q k and p v; each forward and twice backward.
+    assert len(products) == 3 * 2 * 3
     assert all(line.split(':')[-1].count('xbf16>') == 2 for line in products)
     assert all('xf32>' in line.split('->')[-1] for line in products)
     assert all('f32' in line for line in text.splitlines() if 'exponential' in line)
@@ -189,24 +190,27 @@ def test_weights_are_those_of_the_definition(kind):
     np.testing.assert_allclose(attention.weights(kind, q, k, TOY), want, atol=1e-6)
 
 
-@pytest.mark.parametrize('layout', [Layout(3, 4, 5, 3), Layout(2, 5, 3, 7), Layout(1, 1, 4),
-                                    Layout(2, 4, 1, 3), Layout(1, 1, 1)])
+@pytest.mark.parametrize('layout', [Layout(3, 4, 5, 3), Layout(2, 5, 3, 7), Layout(1, 1, 4)])
 @pytest.mark.parametrize('kind', attention.PATTERNS)
 def test_cached_state_by_state(kind, layout):
     """Queries of N candidates on a shared text, with a cache written after each state."""
     candidates = 2
     q, k, v = tensors(layout, batch=candidates, heads=2, count=3)
     k[:, :, :layout.text], v[:, :, :layout.text] = k[:1, :, :layout.text], v[:1, :, :layout.text]
-    want = np.asarray(attention.attend(kind, q, k, v, layout))[:, :, layout.text:]
+    full = jax.jit(attention.attend, static_argnums=(0, 4))(kind, q, k, v, layout)
+    want = np.asarray(full)[:, :, layout.text:]
     text = [x[:1, :, :layout.text] for x in (k, v)]
     lanes, slots = attention.cache_shape(kind, layout)
     caches = [np.zeros((*lanes, 1, 2, candidates, slots, 4), np.float32) for _ in range(2)]
-    step = jax.jit(attention.attend_cached)
+
+    @jax.jit
+    def step(position, *arrays):
+        return attention.attend_cached(*arrays, attention.cache_visible(kind, layout, position))
+
     for position in range(layout.image):
         new = [x[:, :, layout.text + position].swapaxes(0, 1)[None] for x in (q, k, v)]
         lane, slot = attention.cache_address(kind, layout, position)
-        visible = attention.cache_visible(kind, layout, jnp.int32(position))
-        out = step(*new, text, [c[lane] for c in caches], visible)
+        out = np.asarray(step(position, *new, text, [c[lane] for c in caches]))
         np.testing.assert_allclose(out[0].swapaxes(0, 1), want[:, :, position], atol=2e-6)
         for cache, x in zip(caches, new[1:]):
             cache[lane][..., slot, :] = x

@@ -1,6 +1,7 @@
 """The stack: an independent float64 model, scan and remat, cached steps, what depends on what."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -101,7 +102,8 @@ def test_groups(depth, groups, tail):
 def test_initial_values_and_axes():
     config = BlockConfig(9, 64, 2, dalle_patterns(9), LAYOUT, std=0.05)
     module = Declared(transformer.declare(config))
-    params, axes = init_module(module, jax.random.key(0)), module_axes(module)
+    params, axes = jax.jit(lambda key: init_module(module, key))(jax.random.key(0)), module_axes(
+        module)
     layer, names = params['body']['1'], axes['body']['1']
     for block, name, std in (('attention', 'qkv', 0.05), ('attention', 'out', 0.05 / 18 ** 0.5),
                              ('mlp', 'up', 0.05), ('mlp', 'down', 0.05 / 18 ** 0.5)):
@@ -141,53 +143,57 @@ def test_forward_is_the_oracle(depth):
     np.testing.assert_allclose(got, oracle(params, config, x), atol=3e-5)
 
 
+# Two scanned groups and a tail; 'causal' compiles fastest.
+SCANNED = blocks(9, ('causal',) * 9)
+
+
+def objective(params, remat):
+    return jnp.sum(jnp.sin(transformer.forward(params, SCANNED, inputs(SCANNED), remat=remat)))
+
+
+@functools.cache
+def gradients(remat):
+    return jax.jit(jax.grad(objective), static_argnums=1)(parameters(SCANNED), remat)
+
+
 def test_scan_is_the_unrolled_stack(monkeypatch):
-    """The same layers, all of them in the tail: values and gradients."""
-    config = blocks(9)
-    params, x = parameters(config), inputs(config)
-
-    def objective(params, x):
-        return jnp.sum(jnp.sin(transformer.forward(params, config, x)))
-
-    value, grads = jax.jit(jax.value_and_grad(objective))(params, x)
-    layers = unstacked(params, config)
+    """The same layers, all of them in the tail."""
+    params, grads = parameters(SCANNED), gradients('none')
+    layers, grads = unstacked(params, SCANNED), unstacked(grads, SCANNED)
     flat = {'tail': {str(i): layer for i, layer in enumerate(layers)}, 'norm': params['norm']}
-    grads = unstacked(grads, config)
     monkeypatch.setattr(BlockConfig, 'groups', 0)
-    flat_value, flat_grads = jax.jit(jax.value_and_grad(objective))(flat, x)
-    np.testing.assert_allclose(value, flat_value, rtol=1e-5)
+    flat_grads = jax.jit(lambda p: jax.grad(objective)(p, 'none'))(flat)
     for i, grad in enumerate(grads):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
                      grad, flat_grads['tail'][str(i)])
 
 
-def test_remat_changes_memory_and_nothing_else():
-    config = blocks(9, ('row',) * 9)
-    params, x = parameters(config), inputs(config)
-    grads, kept = {}, {}
-    for remat in transformer.REMAT:
-        def objective(params, remat=remat):
-            return jnp.sum(jnp.sin(transformer.forward(params, config, x, remat=remat)))
-        grads[remat] = jax.jit(jax.grad(objective))(params)
-        residuals = jax.eval_shape(lambda p: jax.vjp(objective, p)[1], params)
-        kept[remat] = sum(r.size for r in jax.tree.leaves(residuals))
-    assert kept['full'] < kept['dots'] < kept['none']
-    for remat in ('dots', 'full'):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-                     grads['none'], grads[remat])
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_remat_leaves_gradients_as_they_are(remat):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                 gradients('none'), gradients(remat))
+
+
+def test_remat_saves_memory():
+    def kept(remat):
+        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: objective(p, remat), p)[1],
+                                   parameters(SCANNED))
+        return sum(r.size for r in jax.tree.leaves(residuals))
+
+    assert kept('full') < kept('dots') < kept('none')
 
 
 def test_bfloat16_branches_on_a_float32_stream():
     config = blocks(4)
     params, x = parameters(config), inputs(config)
     exact = oracle(params, config, x)
-    got = transformer.forward(params, config, x, dtype=jnp.bfloat16)
+    program = jax.jit(lambda p, x: transformer.forward(p, config, x, dtype=jnp.bfloat16)).lower(
+        params, x)
+    got = program.compile()(params, x)
     assert got.dtype == jnp.float32
     error = np.abs(np.asarray(got) - exact).max()
     assert 1e-4 < error < 0.15
-    text = jax.jit(lambda p, x: transformer.forward(p, config, x, dtype=jnp.bfloat16)).lower(
-        params, x).as_text()
-    products = [line for line in text.splitlines() if 'dot_general' in line]
+    products = [line for line in program.as_text().splitlines() if 'dot_general' in line]
     assert products and all(line.split(':')[-1].count('bf16>') >= 2 for line in products)
 
 
@@ -275,7 +281,7 @@ def test_no_step_copies_a_cache(depth):
 
 
 def test_attention_maps():
-    """Rows sum to 1, and each map is where its pattern allows; of the first layer: from the input."""
+    """Rows sum to 1 and are where the pattern allows; the first row layer sees the input."""
     config = blocks(9)
     params, x = parameters(config), inputs(config, batch=1)
     maps = jax.jit(lambda p, x: transformer.attention_maps(p, config, x))(params, x)
@@ -284,6 +290,6 @@ def test_attention_maps():
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
         np.testing.assert_array_equal(weights[0] > 0, attention.mask(kind, LAYOUT))
     first = blocks(1, ('row',))
-    alone = transformer.attention_maps(
-        {'tail': {'0': unstacked(params, config)[0]}, 'norm': params['norm']}, first, x)
+    alone = jax.jit(lambda p, x: transformer.attention_maps(p, first, x))(
+        {'tail': {'0': unstacked(params, config)[0]}, 'norm': params['norm']}, x)
     np.testing.assert_allclose(maps['row'], alone['row'], atol=1e-6)
