@@ -19,21 +19,24 @@ CAPTIONS = ['a small red circle on a white background',
             'a small orange square on a black background']
 
 
+QUICK = {'loop.valid_batches': 2, 'loop.log_every': 10, 'optimizer.name': 'adamw'}
+SMALL_DVAE = {'arch.widths': (16, 32), 'arch.blocks_per_group': 1, 'arch.n_init': 32,
+              'arch.vocab': 64}
+SMALL_DALLE = {'arch.width': 32, 'arch.heads': 2, 'arch.depth': 2}
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """Directories of a dVAE, a DALL-E and a CLIP run of twenty steps."""
     root = tmp_path_factory.mktemp('runs')
 
     def stage(name, values):
-        config = config_lib.load(f'experiments/{name}.py:scenes,steps=20,batch=8', {
-            'data.train_length': 512, 'data.valid_length': 32, 'loop.valid_batches': 2,
-            'loop.log_every': 10} | values)
+        config = config_lib.load(f'experiments/{name}.py:scenes,steps=20,batch=8',
+                                 QUICK | {'data.train_length': 512, 'data.valid_length': 32} | values)
         train.run(config, root / name)
 
-    stage('dvae', {'arch.widths': (16, 32), 'arch.blocks_per_group': 1, 'arch.n_init': 32,
-                   'arch.vocab': 64})
-    small = {'arch.width': 32, 'arch.heads': 2, 'arch.depth': 2}
-    stage('dalle', small | {'frozen.image': str(root / 'dvae')})
+    stage('dvae', SMALL_DVAE)
+    stage('dalle', SMALL_DALLE | {'frozen.image': str(root / 'dvae')})
     stage('clip', {'frozen.text': str(root / 'dalle'), 'arch.image_depth': 1, 'arch.text_depth': 1})
     return root
 
@@ -156,6 +159,45 @@ def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
     assert again == metrics and 'images/s' not in capsys.readouterr().out  # nothing drawn again
     with pytest.raises(runs.RunError, match='evaluation with other settings'):
         evaluate.run(config_lib.load('experiments/evaluate.py:scenes'), tmp_path / 'eval')
+
+
+def photos(path):
+    """A folder as a user would have it: nested, mixed formats, several captions, odd files."""
+    images = Scenes(SceneConfig(size=80), 'any', 24)
+    for i in range(24):
+        folder = path / ('a', 'b/c')[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = ('png', 'JPG', 'jpeg', 'webp')[i % 4]
+        Image.fromarray(images[i].image[:, :76]).save(folder / f'{i}.{suffix}')
+        (folder / f'{i}.txt').write_text(f'{images.caption(i)}\n\nAnother line, no. {i}\n')
+    (path / 'a' / 'uncaptioned.png').write_bytes((path / 'a' / '0.png').read_bytes())
+    (path / 'a' / 'broken.jpg').write_bytes(b'nothing')
+    (path / 'a' / 'broken.txt').write_text('a broken picture')
+    return path
+
+
+def test_own_images_from_training_to_samples(tmp_path, capsys):
+    folder = photos(tmp_path / 'photos')
+    train.run(config_lib.load(f'experiments/dvae.py:folder,path={folder},steps=20,batch=8',
+                              QUICK | SMALL_DVAE), tmp_path / 'dvae')
+    train.run(config_lib.load(
+        f"experiments/dalle.py:folder,path={folder},dvae={tmp_path / 'dvae'},steps=20,batch=8",
+        QUICK | SMALL_DALLE), tmp_path / 'dalle')
+    printed = capsys.readouterr().out
+    assert 'broken.jpg' in printed and 'uncaptioned.png' in printed
+    model = dalle_jax.load(tmp_path / 'dalle')
+    assert model.run.config.grid == (8, 8)
+    drawn = model.sample(['a picture with a caption of mine'], n=2)[0]
+    assert drawn.images.shape == (2, 64, 64, 3)
+
+
+def test_a_prepared_tfds_directory_trains(tmp_path):
+    from dalle_jax.data.tfds import build_scenes
+    directory = build_scenes(tmp_path / 'tfds', SceneConfig(), {'train': 32, 'combos': 8})
+    facts = train.run(config_lib.load(
+        f'experiments/dvae.py:folder,source=tfds,path={directory},size=48,steps=20,batch=8',
+        QUICK | SMALL_DVAE | {'data.valid_split': 'combos'}), tmp_path / 'dvae')
+    assert facts['step'] == 20 and facts['bad_records'] == 0
 
 
 def test_a_damaged_run_is_refused_by_name(trained, tmp_path):

@@ -387,7 +387,8 @@ def snapshot(params: Any, model_state: Any, batch: Mapping[str, jax.Array], ctx:
         keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), (len(text), 1))
         ids, _ = jax.jit(generate, static_argnums=1, static_argnames='dtype')(
             params, config, text, keys=keys, dtype=ctx.dtype)
-        decode = functools.partial(tokenizer.module.decode, tokenizer.params, tokenizer.config)
+        decode = functools.partial(jax.jit(tokenizer.module.decode, static_argnums=1),
+                                   tokenizer.params, tokenizer.config)
         arrays |= {'images/tokenised': decode(codes), 'images/samples': decode(ids[:, 0])}
         if 'image' in batch:
             arrays['images/originals'] = batch['image']

@@ -293,7 +293,8 @@ TOKENIZER = types.SimpleNamespace(
 def tokenized():
     image = codes()
     pictures = np.repeat(np.repeat(image, 2, 1), 2, 2)[..., None].repeat(3, -1).astype(np.uint8)
-    config = types.SimpleNamespace(grid=(3, 4), vocab=13, image_size=6)
+    config = dataclasses.make_dataclass('Config', ['grid', 'vocab', 'image_size'], frozen=True)(
+        (3, 4), 13, 6)
     return image, pictures, {'image': Frozen(TOKENIZER, config, jnp.float32(1))}
 
 
