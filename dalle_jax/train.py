@@ -80,6 +80,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     spec = model.batch_spec(experiment.arch, frozen)
     pipeline = _pipeline(experiment, source, spec, tokenizer, train=True)
     valid = _pipeline(experiment, valid_source, spec, tokenizer, train=False)
+    valid.batch(0)  # held-out data that cannot be read is an error now, not after the first epoch
     valid_batches = max(1, min(loop.valid_batches, len(valid_source) // experiment.data.batch_size))
 
     # -- mesh and state. Restore order: 1 this run's newest checkpoint, 2 init_from, 3 random -
@@ -190,10 +191,11 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
         values = run_validation(first)
         take_snapshot(first)
     facts = {'step': loop.steps, 'seconds': log.elapsed(), 'parameters': count,
-             'bad_records': pipeline.problems.replaced,
+             'bad_records': pipeline.problems.replaced + valid.problems.replaced,
              'truncated_captions': pipeline.problems.truncated, **values}
-    if pipeline.problems.replaced or pipeline.problems.truncated:
-        say(f'{name}: {pipeline.problems}')
+    for data, problems in (('training', pipeline.problems), ('held-out', valid.problems)):
+        if problems.replaced or problems.truncated:
+            say(f'{name}: in the {data} data, {problems}')
     log.finish(facts)
     say(f'{name}: finished in {_clock(log.elapsed())}; see {log.path}/report.html')
     return facts
@@ -302,16 +304,19 @@ class _Progress:
     def rates(self, step):
         now = time.monotonic()
         busy = max(now - self._mark - self._aside, 1e-9)
-        self._rate, starved = (step - self.step) / busy, self._starved / busy
+        # A window that holds only the step that compiled has no speed.
+        self._rate = (step - self.step) / busy if step > self.step else float('nan')
+        starved = self._starved / busy
         self.step, self._mark, self._aside, self._starved = step, now, 0.0, 0.0
         return {'steps_per_s': self._rate, 'examples_per_s': self._rate * self.batch_size,
                 'data_wait': starved}
 
     def line(self, step, values):
         left = (self.last - step) / self._rate
+        left = _clock(left) if np.isfinite(left) else 'unknown'
         return (f'{self.name}: step {step}/{self.last}  {_brief(values)}  '
                 f'{values["examples_per_s"]:.0f} examples/s  wait {values["data_wait"]:.1%}  '
-                f'left {_clock(left)}')
+                f'left {left}')
 
 
 class _Aside:

@@ -84,7 +84,7 @@ def test_a_folder_with_bad_files_trains_and_names_them(tmp_path, capsys):
                    data__crop='stage1'), tmp_path / 'run')
     printed = capsys.readouterr().out
     assert facts['bad_records'] > 0
-    assert 'broken.png' in printed and 'tiny.png' in printed and '8x8' in printed
+    assert 'broken.png' in printed, printed and 'tiny.png' in printed and '8x8' in printed
     assert runs.load(tmp_path / 'run').step == 20
 
 

@@ -23,6 +23,7 @@ SOURCES = ('scenes', 'folder', 'tfds')
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
 FOLDER_SPLITS = ('train', 'valid', 'all')
 VALID_SHARE = 0.05
+LEAST_VALID = 8  # unless that were more than a quarter
 FOLDER_LAYOUT = ('expected images (png, jpg, jpeg, webp) in it or in its subfolders, each with its '
                  'captions beside it: x.txt for x.jpg, one caption a line')
 
@@ -151,7 +152,7 @@ class FolderSource:
 
         Args:
           path: the directory.
-          split: 'train', 'valid' (about 5 %, at least one image) or 'all'.
+          split: 'train', 'valid' (about 5 %, at least a few images) or 'all'.
           captions_required: whether an image without captions is a bad record. Where it is not,
             captions are not read at all: the records have none.
           min_images: how many usable images the split must have.
@@ -249,9 +250,10 @@ def _stem(name: str) -> str:
 
 
 def _valid_stems(stems: Iterable[str], captioned: Container[str]) -> set[str]:
-    """The names held out for validation: hashes in the lowest 5 %, with captions at least one."""
+    """The names held out for validation: hashes in the lowest 5 %, with captions at least a few."""
     hashes = {stem: int.from_bytes(hashlib.sha256(os.fsencode(stem)).digest()[:8])
               for stem in stems}
     lowest = {stem for stem, value in hashes.items() if value < VALID_SHARE * 2**64}
     order = sorted(hashes, key=hashes.get)
-    return lowest.union(([stem for stem in order if stem in captioned] or order)[:1])
+    order = [stem for stem in order if stem in captioned] or order
+    return lowest.union(order[:min(LEAST_VALID, max(1, len(order) // 4))])

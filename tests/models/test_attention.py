@@ -149,7 +149,7 @@ def test_bfloat16_products_everywhere_and_float32_scores():
     assert all('f32' in line for line in text.splitlines() if 'exponential' in line)
 
 
-@pytest.mark.parametrize('layout', [TOY, Layout(3, 5, 7, 5), Layout(2, 9, 4, 3)])
+@pytest.mark.parametrize('layout', [TOY, Layout(2, 9, 4, 3)])
 @pytest.mark.parametrize('kind', SPARSE)
 def test_gradient_connects_exactly_what_the_mask_allows(kind, layout):
     q, k, v, _ = tensors(layout, batch=1, heads=1, size=2)
@@ -197,8 +197,7 @@ def test_cached_state_by_state(kind, layout):
     candidates = 2
     q, k, v = tensors(layout, batch=candidates, heads=2, count=3)
     k[:, :, :layout.text], v[:, :, :layout.text] = k[:1, :, :layout.text], v[:1, :, :layout.text]
-    full = jax.jit(attention.attend, static_argnums=(0, 4))(kind, q, k, v, layout)
-    want = np.asarray(full)[:, :, layout.text:]
+    want = oracle(attention.mask(kind, layout), q, k, v, v)[0][:, :, layout.text:]
     text = [x[:1, :, :layout.text] for x in (k, v)]
     lanes, slots = attention.cache_shape(kind, layout)
     caches = [np.zeros((*lanes, 1, 2, candidates, slots, 4), np.float32) for _ in range(2)]
