@@ -107,7 +107,7 @@ def run(config, workdir: str) -> dict[str, Any]:
                         options.seed, options.batch)
     for split, prefix in (('combos', 'caption'), ('pairs', 'pair')):
         source = Scenes(scene_config, split, options.captions, seed=1002 + options.seed)
-        wanted = [source.caption(i) for i in range(options.captions)]
+        wanted = [source.captions(i)[i % scene_config.templates] for i in range(options.captions)]
         drawn = _samples(model, wanted, sampling, out / f'samples_{split}.npz', split)
         verdicts = score.judge_candidates(scene_config, drawn['images'], wanted)
         _save(out / f'samples_{split}.npz', **drawn, captions=np.array(wanted),

@@ -9,6 +9,7 @@
               done.json        written last: the run is finished
 """
 
+import ctypes
 import fcntl
 import json
 import os
@@ -212,6 +213,7 @@ def start_jax(cpu_devices: int = 1) -> None:
     import jax
     from absl import logging
 
+    _keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
     cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'dalle_jax' / 'xla'
     jax.config.update('jax_compilation_cache_dir', str(cache))
@@ -221,6 +223,22 @@ def start_jax(cpu_devices: int = 1) -> None:
             jax.config.update('jax_num_cpu_devices', cpu_devices)
         except RuntimeError:  # the backend is up; a mesh of the wrong size is reported later
             pass
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc keep large freed blocks, which saves about a sixth of a training step on CPU.
+
+    XLA allocates its temporaries anew in every call. By default glibc maps and unmaps each of them,
+    and the kernel clears every page again. Has no effect once jax has touched a device.
+    """
+    if not sys.platform.startswith('linux'):
+        return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:  # glibc; other C libraries have none
+        M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def compute_dtype(precision: str):

@@ -68,5 +68,5 @@ def _small(variant, args):
             warmup=min(30, steps // 4), decay_updates=steps, end_lr=1e-4, b2=0.98, weight_decay=0.01,
             decay=r'kernel$|projection$', clip=1.0, average_decay=0.98),
         loop=dict(steps=steps, log_every=50, valid_every=steps // 2, valid_batches=4,
-                  snapshot_every=0, save_every=100, prng='rbg'),
+                  snapshot_every=0, save_every=max(steps // 10, 1), prng='rbg'),
     )

@@ -48,7 +48,7 @@ def get_config(arg=None):
 def _small(variant, args):
     """The recipe of minutes: where it leaves the paper, and why, is said line by line."""
     scenes = variant == 'scenes'
-    steps = args.steps or 1500
+    steps = args.steps or 2500
     arch = dalle.Config(
         depth=4, width=128, heads=4, text_length=20 if scenes else 32, text_vocab=128,
         grid=(10, 10), image_vocab=512, kernel=5,
@@ -74,5 +74,5 @@ def _small(variant, args):
             weight_decay=0.01, decay=r'(qkv|out|up|down)(/kernel)?$', clip=1.0,
             average_decay=0.98),
         loop=dict(steps=steps, log_every=50, valid_every=steps // 2, valid_batches=16,
-                  snapshot_every=steps // 2, save_every=100, prng='rbg'),
+                  snapshot_every=steps // 2, save_every=max(steps // 10, 1), prng='rbg'),
     )

@@ -78,5 +78,5 @@ def _small(variant, args):
             decay_updates=steps, end_lr=1e-4, b2=0.95, weight_decay=1e-4, decay='kernel', clip=1.0,
             average_decay=0.98),
         loop=dict(steps=steps, log_every=50, valid_every=steps, valid_batches=8,
-                  snapshot_every=steps // 2, save_every=100, prng='rbg'),
+                  snapshot_every=steps // 2, save_every=max(steps // 10, 1), prng='rbg'),
     )

@@ -1,8 +1,12 @@
-"""Strict JAX: two virtual CPU devices, no rank promotion, warnings that hide bugs are errors."""
+"""Strict JAX: two virtual CPU devices, no silent rank promotion, a compilation cache of our own."""
 
 import os
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Tests compile much and compute little; processes that tests start inherit this.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 ' + os.environ.get('XLA_FLAGS', '')
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='dalle_jax_tests_')
 
 import jax  # noqa: E402
 

@@ -29,7 +29,7 @@ class Checkpoints:
 
         self.directory = Path(directory).absolute()
         self._ocp = ocp
-        options = dict(read_only=True) if read_only else dict(
+        options = dict(create=False) if read_only else dict(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
