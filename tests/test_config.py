@@ -13,10 +13,10 @@ def load(spec='experiments/dvae.py:scenes', **overrides):
 
 
 def test_argument_string_and_overrides():
-    experiment = load('experiments/dvae.py:scenes,steps=40,batch=8', loop__group=5)
+    experiment = load('experiments/dvae.py:scenes,steps=40,batch=8', loop__group=2)
     assert experiment.loop.steps == 40
     assert experiment.data.batch_size == 8
-    assert experiment.loop.group == 5
+    assert experiment.loop.group == 2
     assert isinstance(experiment.arch.widths, tuple)
 
 
