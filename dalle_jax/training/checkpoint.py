@@ -128,7 +128,8 @@ def restore_subtree(directory: str | Path, names: tuple[str, ...]) -> tuple[int,
     finally:
         checkpoints.close()
     if found is None:
-        raise CheckpointError(f'no step is saved in {directory}. Train the run, or name another one.')
+        raise CheckpointError(f'no step is saved in {directory}. Train the run, or name another '
+                              'one.')
     return found
 
 
