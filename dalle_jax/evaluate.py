@@ -145,7 +145,7 @@ def write_report(workdir: str | Path, path: str | Path, seconds: Mapping[str, fl
     options = json.loads((Path(workdir) / 'evaluate.json').read_text())
     dalle = Path(options['run'])
     experiment = runs.read_config(dalle)
-    paths = {'dvae': Path(experiment.frozen['image']), 'dalle': dalle,
+    paths = {'dvae': runs.named_by(experiment.frozen['image'], dalle), 'dalle': dalle,
              'clip': Path(options['clip'])}
     report.write(path, scenes_page.page(Path(workdir), paths, SceneConfig(**experiment.data.scenes),
                                         seconds or {}))

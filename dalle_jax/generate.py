@@ -89,7 +89,8 @@ class Model:
         self._dalle = self.run if kind == 'dalle' else None
         self.image_run = self.run if hasattr(self.run.module, 'decode') else None
         if self._dalle:
-            self.image_run = runs.load(self.run.experiment.frozen['image'])
+            named = self.run.experiment.frozen['image']
+            self.image_run = runs.load(runs.named_by(named, self.run.path))
         self.dtype = runs.compute_dtype(self.run.experiment.precision)
 
     def encode(self, images: np.ndarray) -> np.ndarray:

@@ -168,6 +168,12 @@ def load(path: str | Path, finished: bool = True) -> Loaded:
                   trees['averages'] or trees['params'], step, load_tokenizer(path))
 
 
+def named_by(path: str | Path, run: str | Path) -> Path:
+    """Where a run that `run` names by `path` is: there, or, if both were moved, beside `run`."""
+    beside = Path(run).resolve().parent / Path(path).name
+    return beside if not Path(path).exists() and beside.exists() else Path(path)
+
+
 def load_tokenizer(path: str | Path):
     """The BPE of a run, or None if it has none."""
     from dalle_jax.data.text import Tokenizer

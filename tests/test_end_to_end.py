@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -200,8 +201,19 @@ def test_a_prepared_tfds_directory_trains(tmp_path):
     assert facts['step'] == 20 and facts['bad_records'] == 0
 
 
+def test_runs_that_were_moved_together_find_each_other(trained, tmp_path, monkeypatch):
+    moved = tmp_path / 'moved'
+    shutil.copytree(trained, moved)
+    config = json.loads((moved / 'dalle' / 'config.json').read_text())
+    config['frozen']['image'] = 'a/place/that/is/gone/dvae'
+    (moved / 'dalle' / 'config.json').write_text(json.dumps(config))
+    assert dalle_jax.load(moved / 'dalle').image_run.path == moved / 'dvae'
+    shutil.rmtree(moved / 'dvae')
+    with pytest.raises(runs.RunError, match='gone/dvae is not a run'):
+        dalle_jax.load(moved / 'dalle')
+
+
 def test_a_damaged_run_is_refused_by_name(trained, tmp_path):
-    import shutil
     shutil.copytree(trained / 'dvae', tmp_path / 'dvae')
     for file in (tmp_path / 'dvae' / 'checkpoints').rglob('d/*'):
         file.write_bytes(file.read_bytes()[:20])

@@ -29,8 +29,7 @@ def loss(params, images, text):
 
 
 def test_published_sizes():
-    """ViT-B/32 has 151,277,313 parameters; ours has as many but for one text position more or
-    less and the vision tower's biases, which the released one has as well except two."""
+    """The released ViT-B/32 has 151,277,313 parameters, and so has ours."""
     count = sum(x.size for x in jax.tree.leaves(
         jax.eval_shape(lambda: clip.init(clip.PRESETS['b32'], jax.random.key(0))[0])))
     assert count == 151_277_313
