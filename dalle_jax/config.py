@@ -8,6 +8,7 @@ misspelt key is an error at start. This file is the only home of ml_collections.
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import json
 import sys
 import typing
@@ -67,15 +68,14 @@ class LoopConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ConfigError(f'loop.steps is {self.steps}; it must be at least 1')
-        if self.group < 1:
-            raise ConfigError(f'loop.group is {self.group}; it must be at least 1')
+        for name in ('group', 'log_every', 'valid_batches', 'microbatches'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'loop.{name} is {getattr(self, name)}; it must be at least 1')
         for name in ('steps', 'log_every', 'valid_every', 'snapshot_every', 'save_every'):
             if getattr(self, name) % self.group:
                 raise ConfigError(
                     f'loop.{name}={getattr(self, name)} is not a multiple of '
                     f'loop.group={self.group}, the steps of one dispatch; change one of them')
-        if self.log_every < 1:
-            raise ConfigError(f'loop.log_every is {self.log_every}; it must be at least 1')
         if self.keep < 2:
             raise ConfigError(f'loop.keep is {self.keep}; keep at least 2 checkpoints')
         if self.prng not in ('threefry2x32', 'rbg'):

@@ -31,7 +31,7 @@ class EvaluateConfig:
       run, clip: directories of a DALL-E run trained on scenes and of the CLIP that chooses.
       captions: how many of the splits 'combos' and 'pairs' each.
       candidates, temperature, top_k, top_p, seed, batch: see generate.Sampling.
-      images: held-out scenes that are encoded and decoded.
+      images: scenes of the split 'combos' that are encoded and decoded.
       lookup_images: training scenes the plain k-means lookup is made from.
     """
 
@@ -61,21 +61,24 @@ def run(config, workdir: str) -> dict[str, Any]:
     values = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
     options = config_lib.build(EvaluateConfig, values, '')
     out = Path(workdir)
-    out.mkdir(parents=True, exist_ok=True)
-    _check_workdir(out, options)
+    sampling = Sampling(options.candidates, options.temperature, options.top_k, options.top_p,
+                        options.seed, options.batch)
     model = Model(options.run, options.clip)
     data = model.run.experiment.data
-    if data.source != 'scenes':
-        raise runs.RunError(f'{options.run} was trained on {data.source!r} data, which has no '
-                            'oracle; this evaluation needs a run on scenes')
+    if data.source != 'scenes' or model.run.experiment.model != 'dalle':
+        raise runs.RunError(f'{options.run} is a {model.run.experiment.model} run on '
+                            f'{data.source!r} data; this evaluation needs a DALL-E run on scenes, '
+                            'whose pictures the oracle can read')
+    out.mkdir(parents=True, exist_ok=True)
+    _check_workdir(out, options, model)
     scene_config = SceneConfig(**data.scenes)
 
     # -- reconstructions, beside a lookup with as many codes ----------------------------------
     started = time.monotonic()
     dvae = model.image_run.config
-    held_out = Scenes(scene_config, 'combos', options.images, seed=1001 + options.seed)
-    originals = held_out.images(np.arange(options.images))
-    captions = [held_out.caption(i) for i in range(options.images)]
+    scenes = Scenes(scene_config, 'combos', options.images, seed=1001 + options.seed)
+    originals = scenes.images(np.arange(options.images))
+    captions = [scenes.caption(i) for i in range(options.images)]
     ids = np.concatenate([model.encode(part) for part in _chunks(originals, 100)])
     rebuilt = np.concatenate([model.decode(part) for part in _chunks(ids, 100)])
     training = Scenes(scene_config, 'any', options.lookup_images).images(
@@ -103,8 +106,6 @@ def run(config, workdir: str) -> dict[str, Any]:
         f'{time.monotonic() - started:.0f} s')
 
     # -- samples of captions never trained on -------------------------------------------------
-    sampling = Sampling(options.candidates, options.temperature, options.top_k, options.top_p,
-                        options.seed, options.batch)
     for split, prefix in (('combos', 'caption'), ('pairs', 'pair')):
         source = Scenes(scene_config, split, options.captions, seed=1002 + options.seed)
         wanted = [source.captions(i)[i % scene_config.templates] for i in range(options.captions)]
@@ -178,12 +179,14 @@ def _save(path: Path, **arrays: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def _check_workdir(out: Path, options: EvaluateConfig) -> None:
+def _check_workdir(out: Path, options: EvaluateConfig, model: Any) -> None:
     stored = out / 'evaluate.json'
-    wanted = dataclasses.asdict(options)
+    wanted = dataclasses.asdict(options) | {'weights': {
+        loaded.experiment.model: runs.fingerprint(loaded.params)
+        for loaded in (model.image_run, model.run, model.clip_run)}}
     if stored.exists() and json.loads(stored.read_text()) != wanted:
-        raise runs.RunError(f'{out} holds an evaluation with other settings; give another '
-                            '--workdir, or remove it')
+        raise runs.RunError(f'{out} holds an evaluation with other settings or weights; give '
+                            'another --workdir, or remove it')
     runs.write_atomic(stored, json.dumps(wanted, indent=2))
 
 

@@ -78,19 +78,26 @@ class Model:
     """A trained run for use in a notebook or script; see `dalle_jax.load`.
 
     A dVAE run encodes and decodes; a DALL-E run also samples and scores, using the image
-    tokenizer it was trained with (`image_run`); a CLIP run scores.
+    tokenizer it was trained with (`image_run`); a CLIP run (`clip_run`) scores.
     """
 
-    def __init__(self, path: str | Path, clip: str | Path | None = None, finished: bool = True):
+    def __init__(self, path: str | Path, clip: str | Path | None = None):
         runs.start_jax()
-        self.run = runs.load(path, finished)
+        self.run = runs.load(path)
         kind = self.run.experiment.model
-        self._clip = runs.load(clip, finished) if clip else self.run if kind == 'clip' else None
+        self.clip_run = runs.load(clip) if clip else self.run if kind == 'clip' else None
         self._dalle = self.run if kind == 'dalle' else None
         self.image_run = self.run if hasattr(self.run.module, 'decode') else None
         if self._dalle:
             named = self.run.experiment.frozen['image']
             self.image_run = runs.load(runs.named_by(named, self.run.path))
+        if self.clip_run and self.clip_run.experiment.model != 'clip':
+            raise runs.RunError(f'{clip} is a {self.clip_run.experiment.model} run; name a CLIP '
+                                'run to rank with')
+        sides = {r.config.image_size for r in (self.clip_run, self.image_run) if r}
+        if len(sides) > 1:
+            raise runs.RunError(f'{clip} reads images of {self.clip_run.config.image_size} px, but '
+                                f'{path} draws {self.image_run.config.image_size} px')
         self.dtype = runs.compute_dtype(self.run.experiment.precision)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -117,8 +124,8 @@ class Model:
 
         CLIP's similarity where there is a CLIP run, else DALL-E's log p(image | caption), nats.
         """
-        if self._clip:
-            run = self._clip
+        if self.clip_run:
+            run = self.clip_run
             text = self._ids(run, captions)[0]
             return np.asarray(_clip_score(run.module, run.config, run.params,
                                           _checked(images, run.config), text))
@@ -155,7 +162,7 @@ class Model:
             for row in range(min(rows, len(captions) - start)):
                 caption = captions[start + row]
                 scores = None
-                if self._clip:
+                if self.clip_run:
                     scores = self.score([caption] * n, images[row])
                 yield Drawn(caption, images[row], ids[row], logp[row], scores,
                             bool(truncated[start + row]))

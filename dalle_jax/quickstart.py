@@ -33,14 +33,17 @@ def run(workdir: str, short: bool = False, seed: int = 0) -> dict:
         say(f'== stage {number} of {len(names)}: {name}')
         begin = time.monotonic()
         if name == 'evaluate':
+            if (root / name / 'metrics.json').exists():
+                continue
             config = config_lib.load('experiments/evaluate.py:scenes', {
                 'run': str(root / 'dalle'), 'clip': str(root / 'clip'), 'seed': seed,
                 **(SHORT_EVALUATION if short else {})})
             evaluate.run(config, root / name)
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begin
         else:
-            if train.run(_experiment(name, root, short, seed), root / name) is None:
-                continue  # finished earlier: its time stands in seconds.json
-        seconds[name] = time.monotonic() - begin
+            train.run(_experiment(name, root, short, seed), root / name)
+            # The run's own clock, which adds up its sessions.
+            seconds[name] = _read(root / name / 'done.json')['seconds']
         runs.write_atomic(root / 'seconds.json', json.dumps(seconds))
     metrics = {**_read(root / 'evaluate' / 'metrics.json'),
                'seconds': {name: round(s, 1) for name, s in seconds.items()},

@@ -36,7 +36,9 @@ class RunError(RuntimeError):
 class Run:
     """The directory of a run in progress, held by a lock that dies with the process."""
 
-    def __init__(self, workdir: str | Path, experiment: config_lib.Experiment):
+    def __init__(self, workdir: str | Path, experiment: config_lib.Experiment,
+                 started: float | None = None):
+        """Takes the directory; `started` is the time.monotonic() at which the session began."""
         self.path = Path(workdir)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / 'lock', 'w')
@@ -49,15 +51,19 @@ class Run:
         write_atomic(self.path / 'config.json', config_lib.to_json(experiment))
         self._metrics = None
         self._tensorboard = None
-        self._start = time.monotonic()  # moved back by earlier sessions in start_log
+        # Moved back by earlier sessions in start_log.
+        self._start = time.monotonic() if started is None else started
 
     def _check(self, experiment):
         stored = self.path / 'config.json'
         if not stored.exists():
-            strangers = sorted(p.name for p in self.path.iterdir() if p.name != 'lock')
+            strangers = sorted(p.name for p in self.path.iterdir()
+                               if p.name != 'lock' and p.suffix != '.tmp')
             if strangers:
                 raise RunError(f'{self.path} is not empty (it holds {", ".join(strangers[:5])}) '
                                'and has no config.json, so it is no run; give another --workdir')
+            return
+        if not has_checkpoint(self.path):  # nothing would be lost or mixed
             return
         old = read_config(self.path)
         changed = {key: values for key, values in config_lib.differences(old, experiment).items()
@@ -147,11 +153,8 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def load(path: str | Path, finished: bool = True) -> Loaded:
-    """Reads a run's config, parameters and tokenizer.
-
-    Args:
-      finished: refuse a run that has not reached its end.
+def load(path: str | Path) -> Loaded:
+    """Reads a finished run's config, parameters and tokenizer.
 
     Raises:
       RunError: no run there, or it is not finished. CheckpointError: nothing usable saved.
@@ -160,7 +163,7 @@ def load(path: str | Path, finished: bool = True) -> Loaded:
 
     path = Path(path)
     experiment = read_config(path)
-    if finished and not (path / 'done.json').exists():
+    if not (path / 'done.json').exists():
         raise RunError(f'{path} has not finished training; run its train command again, it '
                        'continues where it stopped')
     step, trees = restore_subtree(path / 'checkpoints', ('params', 'averages'))
@@ -172,6 +175,18 @@ def named_by(path: str | Path, run: str | Path) -> Path:
     """Where a run that `run` names by `path` is: there, or, if both were moved, beside `run`."""
     beside = Path(run).resolve().parent / Path(path).name
     return beside if not Path(path).exists() and beside.exists() else Path(path)
+
+
+def has_checkpoint(path: str | Path) -> bool:
+    """Whether a run has saved a step."""
+    return any(Path(path).glob('checkpoints/[0-9]*'))
+
+
+def fingerprint(params: Any) -> str:
+    """A checksum of parameters, by which results tell what they were made with."""
+    from dalle_jax.training.checkpoint import checksums
+
+    return f'{sum(checksums(params).values()) % 2**32:08x}'
 
 
 def load_tokenizer(path: str | Path):
@@ -222,13 +237,15 @@ def start_jax(cpu_devices: int = 1) -> None:
     _keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
     cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'dalle_jax' / 'xla'
-    jax.config.update('jax_compilation_cache_dir', str(cache))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
     if cpu_devices > 1:
         try:
             jax.config.update('jax_num_cpu_devices', cpu_devices)
-        except RuntimeError:  # the backend is up; a mesh of the wrong size is reported later
-            pass
+        except RuntimeError as error:
+            raise RunError(f'cpu_devices={cpu_devices} cannot be set any more: jax has touched its '
+                           'devices; start a new process') from error
 
 
 def _keep_freed_memory() -> None:

@@ -71,6 +71,9 @@ def read_captions(arguments: Sequence[str], file: str | None) -> list[str]:
         lines = Path(file).read_text().splitlines()
     else:
         lines = list(arguments)
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                raise app.UsageError(f'caption {number} is empty; every caption needs a word')
     captions = [line.strip() for line in lines if line.strip()]
     if not captions:
         raise app.UsageError('no captions: give them as arguments, or --captions FILE')

@@ -4,6 +4,7 @@ The same command continues a run that was stopped, bit-exactly. A finished run i
 directory in later stages (config.frozen) and in sample and evaluate.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -21,6 +22,7 @@ from dalle_jax import runs
 from dalle_jax.data import sources
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.models.context import Context, Frozen
+from dalle_jax.progress import Progress, brief, clock
 from dalle_jax.runs import say
 from dalle_jax.training import partition, step as step_lib
 from dalle_jax.training.checkpoint import Checkpoints, restore_subtree
@@ -44,6 +46,7 @@ def run(config, workdir: str) -> dict[str, float] | None:
     Raises:
       ConfigError, RunError, CheckpointError: before anything expensive starts.
     """
+    started = time.monotonic()
     experiment = config if isinstance(config, config_lib.Experiment) else config_lib.resolve(config)
     runs.start_jax(experiment.cpu_devices)
     model = config_lib.model_module(experiment.model)
@@ -52,7 +55,16 @@ def run(config, workdir: str) -> dict[str, float] | None:
     loaded = {role: runs.load(path) for role, path in experiment.frozen.items() if path}
     frozen = {role: Frozen(r.module, r.config, r.params) for role, r in loaded.items()
               if role == 'image'}
-    needs_text = 'text' in model.batch_spec(experiment.arch, frozen)
+    for role, f in frozen.items():
+        if not hasattr(f.module, 'decode'):
+            raise runs.RunError(f'frozen.{role}={experiment.frozen[role]!r} is a '
+                                f'{loaded[role].experiment.model} run; name an image tokenizer, '
+                                'such as a dVAE run')
+    spec = model.batch_spec(experiment.arch, frozen)
+    if 'image' not in spec:
+        raise runs.RunError(f'the {experiment.model} reads images through a tokenizer: name a '
+                            'finished dVAE run with --config.frozen.image=RUN')
+    needs_text = 'text' in spec
     source, valid_source = (sources.open_source(experiment.data, split, needs_text)
                             for split in ('train', 'valid'))
     tokenizer = _tokenizer(experiment, loaded, source, workdir) if needs_text else None
@@ -60,7 +72,7 @@ def run(config, workdir: str) -> dict[str, float] | None:
         experiment = dataclasses.replace(experiment, arch=model.fit(
             experiment.arch, text_vocab=tokenizer.vocab_size,
             image_tokenizer_config=frozen['image'].config if frozen else None))
-    log = runs.Run(workdir, experiment)
+    log = runs.Run(workdir, experiment, started)
     try:
         if log.finished(experiment.loop.steps):
             say(f'{workdir} is finished')
@@ -113,7 +125,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     frozen_params = {role: jax.device_put(f.params, partition.replicated(mesh))
                      for role, f in frozen.items()}
     frozen_static = tuple((role, f.module, f.config) for role, f in frozen.items())
-    train = step_lib.make_train(task, state, loop.group)
+    train = step_lib.make_train(task, state, loop.group, placed)
     validate = step_lib.make_validate(task)
     log.start_log(first)
     count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -129,7 +141,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
         values = step_lib.means(*step_lib.added(jax.device_get(parts)))
         values = {k: float(v) for k, v in values.items()}
         log.log('valid', step, values)
-        say(f'{name}: validation at {step}: {_brief(values)}')
+        say(f'{name}: validation at {step}: {brief(values)}')
         return values
 
     def take_snapshot(step):
@@ -142,66 +154,71 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
         _write_page(log.path)
 
     # -- the loop ----------------------------------------------------------------------------
-    progress = _Progress(name, first, loop.steps, loop.group, experiment.data.batch_size)
-    stop = _StopSignal()
-    window, pending, values = [], None, {}
-    batches = pipeline.prefetch(first, loop.steps, group=loop.group,
-                                workers=experiment.data.workers)
-    for step, batch in batches:
-        done = step + loop.group
-        progress.got_batch(batches.wait_seconds, device_idle=bool(window) and all(
-            leaf.is_ready() for leaf in jax.tree.leaves(window[-1])))
-        state, metrics = train(state, partition.put_batch(batch, mesh, stacked=loop.group > 1),
-                               frozen_params, frozen_static)
-        if step == first:
-            jax.block_until_ready(metrics)
-            progress.start()
-        window.append(metrics)
-        if pending:  # fetched one dispatch late, so that the device never waits for the host
-            _log_window(log, progress, *pending)
-            pending = None
-        if done % loop.log_every == 0 or done == loop.steps:
-            pending, window = (done, window), []
-        if done == prepare_at:
-            state = _prepare(state, experiment, model, source, spec, tokenizer, name)
-        last = done == loop.steps or stop.requested
-        due = {what: last or every and done % every == 0 for what, every in (
-            ('valid', loop.valid_every), ('snapshot', loop.snapshot_every),
-            ('save', loop.save_every))}
-        if any(due.values()) and pending:
-            _log_window(log, progress, *pending)
-            pending = None
-        with progress.paused():
-            if due['valid']:
-                values = run_validation(done)
-            if due['snapshot']:
-                take_snapshot(done)
-            if due['save']:
-                checkpoints.save(done, state)
-        if stop.requested:
-            break
-    batches.close()
-    checkpoints.close()
-    stop.restore()
-    if stop.requested and done < loop.steps:
+    progress = Progress(name, first, loop.steps, loop.group, experiment.data.batch_size)
+    window, pending, values, metrics, done, told = [], None, {}, {}, first, 0
+    stack = contextlib.ExitStack()
+    stack.callback(checkpoints.close)
+    stop = stack.enter_context(_StopSignal())
+    batches = stack.enter_context(pipeline.prefetch(
+        first, loop.steps, group=loop.group, workers=experiment.data.workers))
+    with stack:
+        for step, batch in batches:
+            done = step + loop.group
+            progress.got_batch(batches.wait_seconds, device_idle=all(
+                leaf.is_ready() for leaf in jax.tree.leaves(metrics)))
+            state, metrics = train(state, partition.put_batch(batch, mesh, stacked=loop.group > 1),
+                                   frozen_params, frozen_static)
+            if step == first:
+                jax.block_until_ready(metrics)
+                progress.start()
+            window.append(metrics)
+            if pending:  # fetched one dispatch late, so that the device never waits for the host
+                _log_window(log, progress, *pending)
+                told = _tell_problems(name, pipeline, told)
+                pending = None
+            if done == prepare_at:
+                state = _prepare(state, experiment, model, source, spec, tokenizer, name)
+            last = done == loop.steps
+            stopping = stop.requested and not last
+            due = {what: last or every and done % every == 0 for what, every in (
+                ('valid', loop.valid_every), ('snapshot', loop.snapshot_every),
+                ('save', loop.save_every))}
+            if stopping:  # the time until the machine is taken away may be short
+                due = {'valid': False, 'snapshot': False, 'save': True}
+            # A window ends at every save: a continued run then averages over the same steps.
+            if done % loop.log_every == 0 or due['save']:
+                pending, window = (done, window), []
+            if any(due.values()) and pending:
+                _log_window(log, progress, *pending)
+                pending = None
+            with progress.paused():
+                if due['valid']:
+                    values = run_validation(done)
+                if due['snapshot']:
+                    take_snapshot(done)
+                if due['save']:
+                    checkpoints.save(done, state)
+            if stopping:
+                break
+    if done < loop.steps:
         say(f'{name}: stopped by a signal after step {done}; everything is saved, the same '
             'command continues')
         raise SystemExit(143)
     if first >= loop.steps:  # restored after its last step: everything is there but the marker
         values = run_validation(first)
         take_snapshot(first)
-    facts = {'step': loop.steps, 'seconds': log.elapsed(), 'parameters': count,
+    facts = {'step': max(done, first), 'seconds': log.elapsed(), 'parameters': count,
              'bad_records': pipeline.problems.replaced + valid.problems.replaced,
              'truncated_captions': pipeline.problems.truncated, **values}
     for data, problems in (('training', pipeline.problems), ('held-out', valid.problems)):
         if problems.replaced or problems.truncated:
             say(f'{name}: in the {data} data, {problems}')
     log.finish(facts)
-    say(f'{name}: finished in {_clock(log.elapsed())}; see {log.path}/report.html')
+    say(f'{name}: finished in {clock(log.elapsed())}; see {log.path}/report.html')
     return facts
 
 
-def _pipeline(experiment, source, spec, tokenizer, train):
+def _pipeline(experiment, source, spec, tokenizer, train, shared=True):
     data = experiment.data
     return Pipeline(
         source, batch_size=data.batch_size, seed=experiment.seed,
@@ -209,16 +226,16 @@ def _pipeline(experiment, source, spec, tokenizer, train):
         text_length=spec['text'].shape[0] if 'text' in spec else None, tokenizer=tokenizer,
         crop=data.crop if train else data.valid_crop,
         bpe_dropout=data.bpe_dropout if train else 0.0, shuffle=train,
-        process_index=jax.process_index(), process_count=jax.process_count())
+        process_index=jax.process_index() if shared else 0,
+        process_count=jax.process_count() if shared else 1)
 
 
 def _tokenizer(experiment, loaded, source, workdir):
     """The BPE: this run's own if it is already there, another run's, or trained now."""
     from dalle_jax.data.text import Tokenizer
 
-    stored = runs.load_tokenizer(workdir)
-    if stored:
-        return stored
+    if runs.has_checkpoint(workdir):
+        return runs.load_tokenizer(workdir)
     if 'text' in loaded:
         if loaded['text'].tokenizer is None:
             raise runs.RunError(f"frozen.text={experiment.frozen['text']!r} is a run without a "
@@ -255,12 +272,13 @@ def _init_from(state, path, task):
 def _prepare(state, experiment, model, source, spec, tokenizer, name):
     """The model's initialisation from data, on whole training images, in the middle of a run."""
     started = time.monotonic()
-    pipeline = _pipeline(experiment, source, spec, tokenizer, train=False)
+    # All of every batch in every process: their results must agree.
+    pipeline = _pipeline(experiment, source, spec, tokenizer, train=False, shared=False)
     params, facts = model.prepare(state.params, experiment.arch,
                                   (pipeline.batch(i) for i in itertools.count()),
                                   jax.random.key(experiment.seed))
     params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
-    say(f'{name}: prepared from data in {time.monotonic() - started:.1f} s: {_brief(facts)}')
+    say(f'{name}: prepared from data in {time.monotonic() - started:.1f} s: {brief(facts)}')
     # Averages start again: those of before describe another model.
     averages = jax.tree.map(jnp.copy, params) if state.averages else {}
     return state._replace(params=params, averages=averages)
@@ -277,77 +295,31 @@ def _log_window(log, progress, step, window):
             logging.warning('%s at step %d: %s', progress.name, step, name)
 
 
-class _Progress:
-    """Speed and time left, not counting compilation, validation and saving."""
-
-    def __init__(self, name, first, last, group, batch_size):
-        self.name, self.step, self.last, self.batch_size = name, first, last, batch_size
-        self._group = group
-        self._mark, self._aside, self._rate = time.monotonic(), 0.0, None
-        self._waited, self._starved = 0.0, 0.0
-
-    def start(self):
-        """Called when the first dispatch, which compiles, is done."""
-        say(f'{self.name}: compiled and ran the first step in '
-            f'{time.monotonic() - self._mark:.1f} s')
-        self._mark, self.step = time.monotonic(), self.step + self._group
-
-    def paused(self):
-        return _Aside(self)
-
-    def got_batch(self, wait_seconds, device_idle):
-        """Waiting for a batch costs something only if the device has run out of work by then."""
-        if device_idle:
-            self._starved += wait_seconds - self._waited
-        self._waited = wait_seconds
-
-    def rates(self, step):
-        now = time.monotonic()
-        busy = max(now - self._mark - self._aside, 1e-9)
-        # A window that holds only the step that compiled has no speed.
-        self._rate = (step - self.step) / busy if step > self.step else float('nan')
-        starved = self._starved / busy
-        self.step, self._mark, self._aside, self._starved = step, now, 0.0, 0.0
-        return {'steps_per_s': self._rate, 'examples_per_s': self._rate * self.batch_size,
-                'data_wait': starved}
-
-    def line(self, step, values):
-        left = (self.last - step) / self._rate
-        left = _clock(left) if np.isfinite(left) else 'unknown'
-        return (f'{self.name}: step {step}/{self.last}  {_brief(values)}  '
-                f'{values["examples_per_s"]:.0f} examples/s  wait {values["data_wait"]:.1%}  '
-                f'left {left}')
-
-
-class _Aside:
-    """Time within this block does not count as training speed."""
-
-    def __init__(self, progress):
-        self._progress = progress
-
-    def __enter__(self):
-        self._start = time.monotonic()
-
-    def __exit__(self, *_):
-        self._progress._aside += time.monotonic() - self._start
+def _tell_problems(name, pipeline, told):
+    """Names the kinds of bad records that have come up since `told` of them were named."""
+    examples = pipeline.problems.examples
+    for example in examples[told:]:
+        say(f'{name}: left out {example}')
+    return len(examples)
 
 
 class _StopSignal:
     """SIGTERM and SIGINT ask for a save and a clean end; a second one kills as usual."""
 
-    def __init__(self):
+    def __enter__(self):
         self.requested = False
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
+        return self
 
     def _handle(self, number, frame):
         del frame
         self.requested = True
         signal.signal(number, self._previous[number])
 
-    def restore(self):
+    def __exit__(self, *_):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -355,17 +327,6 @@ class _StopSignal:
 def _write_page(path):
     from dalle_jax import report
     report.write(path / 'report.html', report.run_page(path))
-
-
-def _brief(values):
-    quiet = ('steps_per_s', 'examples_per_s', 'data_wait', 'skipped', 'learning_rate')
-    return '  '.join(f'{k} {v:.4g}' for k, v in values.items()
-                     if k not in quiet and not k.startswith('alarm/'))
-
-
-def _clock(seconds):
-    seconds = int(seconds)
-    return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
 
 
 def main(argv):

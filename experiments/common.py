@@ -31,10 +31,12 @@ def parse_arg(arg, *variants, **defaults):
             variant = key
         elif key not in defaults:
             raise ValueError(f'unknown argument {key!r}; known: {", ".join(defaults) or "none"}')
-        elif isinstance(defaults[key], bool):
-            values[key] = {'true': True, 'false': False, '': True}[text.lower()]
         else:
-            values[key] = type(defaults[key])(text)
+            try:
+                values[key] = type(defaults[key])(text)
+            except ValueError:
+                kind = type(defaults[key]).__name__
+                raise ValueError(f'argument {key}={text!r} is no {kind}') from None
     return variant, values
 
 
@@ -66,6 +68,13 @@ def _filled(cls, values):
         elif field.default_factory is not dataclasses.MISSING:
             defaults[field.name] = field.default_factory()
     return {**defaults, **values}
+
+
+def own_data(args):
+    """The data section's part for a user's own images: args.path of args.source."""
+    train, valid = ('train[:95%]', 'train[95%:]') if args.source == 'tfds' else ('train', 'valid')
+    return dict(source=args.source, path=args.path, train_split=train, valid_split=valid,
+                valid_crop='center')
 
 
 def scenes(size=60):

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from absl import app
 from PIL import Image
 
 import dalle_jax
@@ -140,6 +141,23 @@ def test_captions_from_arguments_file_and_standard_input(tmp_path, monkeypatch):
     monkeypatch.setattr('sys.stdin', io.StringIO('three\n'))
     assert sample.read_captions([], '-') == ['three']
     assert sample.read_captions(['four'], None) == ['four']
+    with pytest.raises(app.UsageError, match='caption 2 is empty'):
+        sample.read_captions(['five', ' '], None)
+
+
+def test_wrong_kinds_of_runs_are_refused_by_name(trained, tmp_path):
+    with pytest.raises(runs.RunError, match='dvae is a dvae run; name a CLIP run'):
+        dalle_jax.load(trained / 'dalle', clip=trained / 'dvae')
+    with pytest.raises(runs.RunError, match='clip is a clip run; name an image tokenizer'):
+        train.run(config_lib.load(f"experiments/dalle.py:scenes,dvae={trained / 'clip'}"),
+                  tmp_path / 'run')
+    with pytest.raises(runs.RunError, match='name a finished dVAE run with --config.frozen.image'):
+        train.run(config_lib.load('experiments/dalle.py:scenes,dvae='), tmp_path / 'run')
+    with pytest.raises(runs.RunError, match='needs a DALL-E run on scenes'):
+        evaluate.run(config_lib.load(
+            f"experiments/evaluate.py:scenes,run={trained / 'dvae'},clip={trained / 'clip'}"),
+            tmp_path / 'eval')
+    assert not (tmp_path / 'run').exists() and not (tmp_path / 'eval').exists()
 
 
 def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
@@ -158,8 +176,10 @@ def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
     capsys.readouterr()
     again = evaluate.run(config, tmp_path / 'eval')
     assert again == metrics and 'images/s' not in capsys.readouterr().out  # nothing drawn again
-    with pytest.raises(runs.RunError, match='evaluation with other settings'):
-        evaluate.run(config_lib.load('experiments/evaluate.py:scenes'), tmp_path / 'eval')
+    with pytest.raises(runs.RunError, match='evaluation with other settings or weights'):
+        config.unlock()
+        config.temperature = 0.5
+        evaluate.run(config, tmp_path / 'eval')
 
 
 def photos(path):

@@ -16,6 +16,9 @@ def experiment(**overrides):
 
 def test_another_experiment_is_refused_by_name(tmp_path):
     runs.Run(tmp_path / 'run', experiment()).close()
+    runs.Run(tmp_path / 'run', experiment(optimizer__b1=0.5)).close()  # nothing is saved yet
+    runs.Run(tmp_path / 'run', experiment()).close()
+    (tmp_path / 'run' / 'checkpoints' / '10').mkdir(parents=True)
     with pytest.raises(runs.RunError, match='optimizer.peak_lr was .* and is now 1.0.*--workdir'):
         runs.Run(tmp_path / 'run', experiment(optimizer__peak_lr=1.0))
     runs.Run(tmp_path / 'run', experiment(loop__log_every=10)).close()  # harmless: continues

@@ -108,7 +108,10 @@ class Tokenizer:
             raise ValueError(f'{path}: {error}') from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self.model)
+        """Writes the model file at once: a killed process leaves the whole of it or nothing."""
+        partial = Path(path).with_name(Path(path).name + '.tmp')
+        partial.write_bytes(self.model)
+        partial.replace(path)
 
     @property
     def vocab_size(self) -> int:

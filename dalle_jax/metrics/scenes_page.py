@@ -41,7 +41,8 @@ def page(workdir: Path, runs: Mapping[str, Path], config: SceneConfig, seconds: 
         blocks.append(report.section('Where the time went', '', report.stages(seconds)))
     for split, title, text in (
             ('combos', 'Captions never trained on',
-             'Every shape, colour and pair of the two is known; the combination is new. The CLIP '
+             'Every shape, colour and pair of the two is known; the combination is new. (The image '
+             'tokenizer has seen such pictures, without captions.) The CLIP '
              'trained here chose one of the candidates of each caption, and the mark is the '
              "oracle's: right means that every word of the caption is right. The first ones, not "
              'a selection.'),

@@ -44,8 +44,11 @@ class Checkpoints:
         # so donating the state to the next step would overwrite what is being written.
         if jax.default_backend() == 'cpu':
             state = jax.tree.map(np.array, state)
-        self._manager.save(step, args=ocp.args.Composite(
+        saved = self._manager.save(step, args=ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), checksums=ocp.args.JsonSave(checksums(state))))
+        if not saved:
+            raise CheckpointError(f'step {step} was not saved in {self.directory}: step '
+                                  f'{self._manager.latest_step()} is there already')
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """The newest step that verifies, as (step, state), or None if there is none at all.
@@ -57,7 +60,12 @@ class Checkpoints:
           CheckpointError: there are checkpoints, but none can be used.
         """
         args = self._ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self.newest(lambda step: self._verified(step, abstract, args))
+        found = self.newest(lambda step: self._verified(step, abstract, args))
+        # Orbax saves no step below its newest one, so damaged ones must make way.
+        for step in self._manager.all_steps() if found else ():
+            if step > found[0]:
+                self._manager.delete(step)
+        return found
 
     def read(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
         """Some entries of a saved state as numpy arrays; those that it lacks as {}."""

@@ -82,6 +82,24 @@ def test_flipped_byte_falls_back_to_the_step_before(tmp_path, reader):
     assert step == 3
 
 
+def test_a_damaged_step_is_saved_again(tmp_path):
+    """The run that fell back to step 3 reaches step 7 once more."""
+    saved(tmp_path, 3, 7)
+    for file in data_files(tmp_path, 7):
+        file.write_bytes(file.read_bytes()[:10])
+    checkpoints = lib.Checkpoints(tmp_path)
+    assert checkpoints.restore(ABSTRACT)[0] == 3
+    checkpoints.save(7, STATE)
+    checkpoints.close()
+    assert lib.restore_subtree(tmp_path, ('params',))[0] == 7
+
+
+def test_a_step_that_is_not_saved_is_an_error(tmp_path):
+    checkpoints = lib.Checkpoints(saved(tmp_path, 7))
+    with pytest.raises(lib.CheckpointError, match='step 3 was not saved .*: step 7 is there'):
+        checkpoints.save(3, STATE)
+
+
 def test_truncated_everywhere_is_an_error_with_a_remedy(tmp_path):
     saved(tmp_path, 3)
     for file in data_files(tmp_path, 3):
