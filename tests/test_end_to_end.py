@@ -148,7 +148,7 @@ def test_captions_from_arguments_file_and_standard_input(tmp_path, monkeypatch):
 def test_wrong_kinds_of_runs_are_refused_by_name(trained, tmp_path):
     with pytest.raises(runs.RunError, match='dvae is a dvae run; name a CLIP run'):
         dalle_jax.load(trained / 'dalle', clip=trained / 'dvae')
-    with pytest.raises(runs.RunError, match='clip is a clip run; name an image tokenizer'):
+    with pytest.raises(runs.RunError, match="clip' is a clip run; name an image"):
         train.run(config_lib.load(f"experiments/dalle.py:scenes,dvae={trained / 'clip'}"),
                   tmp_path / 'run')
     with pytest.raises(runs.RunError, match='name a finished dVAE run with --config.frozen.image'):

@@ -110,7 +110,8 @@ def _tokenizer_text(metrics):
         'different squares of pixels in a sample of the training images. Beside it a plain k-means '
         'lookup of pixel squares with as many codes, which learns nothing: '
         f"{metrics['reconstruction_psnr']:.1f} dB and "
-        f"{_percent(metrics['reconstruction_accuracy'])} right for the dVAE, {metrics['lookup_psnr']:.1f} dB and "
+        f"{_percent(metrics['reconstruction_accuracy'])} right for the dVAE, "
+        f"{metrics['lookup_psnr']:.1f} dB and "
         f"{_percent(metrics['lookup_accuracy'])} for the lookup.")
 
 
