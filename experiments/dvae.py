@@ -73,7 +73,8 @@ def _small(variant, args):
         optimizer=dict(
             # Muon: twice the progress of AdamW per update on convolution kernels.
             name='muon', muon=r'group_.*kernel', peak_lr=6e-3, schedule='cosine',
-            warmup=min(30, steps // 4), decay_updates=steps, end_lr=1e-4, b2=0.95, weight_decay=1e-4, decay='kernel', clip=1.0,
+            warmup=min(30, steps // 4), decay_updates=steps, end_lr=1e-4, b2=0.95,
+            weight_decay=1e-4, decay='kernel', clip=1.0,
             average_decay=0.98),
         loop=dict(steps=steps, log_every=50, valid_every=max(steps // 4, 1), valid_batches=8,
                   snapshot_every=steps // 2, save_every=max(steps // 10, 1), prng='rbg'),

@@ -33,8 +33,9 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp('runs')
 
     def stage(name, values):
+        lengths = {'data.train_length': 512, 'data.valid_length': 32}
         config = config_lib.load(f'experiments/{name}.py:scenes,steps=20,batch=8',
-                                 QUICK | {'data.train_length': 512, 'data.valid_length': 32} | values)
+                                 QUICK | lengths | values)
         train.run(config, root / name)
 
     stage('dvae', SMALL_DVAE)

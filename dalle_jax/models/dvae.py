@@ -47,10 +47,10 @@ class Config:
         [-1, 1], and mse_scale * squared error of the image in [0, 1]: a Gaussian's -ln density
         without its constant.
       mse_scale: 1 / (2 variance) of that Gaussian.
-      warmup_steps: updates as an autoencoder: Gaussian noise is added to the bottleneck's latent and
-        the codes are not used. The schedules below start after them.
-      noise: standard deviation of that noise, risen from 0 over the first half. Match the error that
-        codes will make: 0.12 to 0.15 for 512 codes and 8 channels.
+      warmup_steps: updates as an autoencoder: Gaussian noise is added to the latent of the
+        bottleneck and the codes are not used. The schedules below start after them.
+      noise: standard deviation of that noise, risen from 0 over the first half. Match the error
+        that codes will make: 0.12 to 0.15 for 512 codes and 8 channels.
       kl_weight, kl_steps: beta rises from 0 to kl_weight over kl_steps updates.
       temperature, temperature_steps: tau falls from 1 to temperature over temperature_steps.
       post_gain: factor of every residual branch; None: 1 / blocks^2.
@@ -353,8 +353,8 @@ def snapshot(params: Any, model_state: Any, batch: Any, ctx: Context) -> dict[st
     embedded = lookup(params, ids)
     if config.warmup_steps:
         embedded = jnp.where(ctx.step < config.warmup_steps, latent, embedded)
-    return {'images/originals': images,
-            'images/reconstructions': read_out(_decode(params, config, embedded, ctx.dtype), config),
+    maps = _decode(params, config, embedded, ctx.dtype)
+    return {'images/originals': images, 'images/reconstructions': read_out(maps, config),
             'counts/codes': jnp.bincount(ids.reshape(-1), length=config.vocab)}
 
 

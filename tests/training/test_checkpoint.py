@@ -22,7 +22,8 @@ class State(NamedTuple):
 STATE = State(params={'w': jnp.arange(4096, dtype=jnp.float32).reshape(64, 64),
                       'half': jnp.arange(8, dtype=jnp.bfloat16)},
               averages={}, step=jnp.int32(7), key=jnp.array([1, 2], jnp.uint32))
-ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
+ABSTRACT = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
 
 
 def saved(directory, *steps):
