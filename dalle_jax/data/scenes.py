@@ -104,7 +104,7 @@ class SceneConfig:
                     f'scenes: {name}={value!r} must be an integer from {low} to {high}'
                     + (f' (what fits an image of {self.size} px)' if name == 'token' else ''))
         if not 0 <= self.freedom <= 1:
-            raise ValueError(f'scenes: freedom={self.freedom!r} must be a share of the side, 0 to 1')
+            raise ValueError(f'scenes: freedom={self.freedom!r} must be in [0, 1], a share of size')
 
     @property
     def margin(self) -> float:
