@@ -87,10 +87,11 @@ def run(config, workdir: str) -> dict[str, Any]:
     counts, used, perplexity = score.usage(ids, dvae.vocab)
     judged = {name: score.judge_candidates(scene_config, images[:, None], captions)['all']
               for name, images in (('rebuilt', rebuilt), ('lookup', looked_up))}
-    _save(out / 'reconstructions.npz', counts=counts, captions=np.array(captions[:PICTURES]),
-          originals=originals[:PICTURES], rebuilt=rebuilt[:PICTURES],
-          lookup=looked_up[:PICTURES], rebuilt_right=judged['rebuilt'][:PICTURES, 0],
-          lookup_right=judged['lookup'][:PICTURES, 0])
+    runs.write_arrays(out / 'reconstructions.npz', dict(
+        counts=counts, captions=np.array(captions[:PICTURES]), originals=originals[:PICTURES],
+        rebuilt=rebuilt[:PICTURES], lookup=looked_up[:PICTURES],
+        rebuilt_right=judged['rebuilt'][:PICTURES, 0],
+        lookup_right=judged['lookup'][:PICTURES, 0]))
     metrics = {
         'reconstruction_accuracy': float(judged['rebuilt'].mean()),
         'reconstruction_psnr': score.psnr(rebuilt, originals),
@@ -111,8 +112,8 @@ def run(config, workdir: str) -> dict[str, Any]:
         wanted = [source.captions(i)[i % scene_config.templates] for i in range(options.captions)]
         drawn = _samples(model, wanted, sampling, out / f'samples_{split}.npz', split)
         verdicts = score.judge_candidates(scene_config, drawn['images'], wanted)
-        _save(out / f'samples_{split}.npz', **drawn, captions=np.array(wanted),
-              right=verdicts['all'])
+        runs.write_arrays(out / f'samples_{split}.npz', drawn | {
+            'captions': np.array(wanted), 'right': verdicts['all']})
         result = score.accuracies(verdicts, drawn['scores'])
         by_likelihood = score.accuracies(verdicts, drawn['logp'])['accuracy_n']
         metrics |= {
@@ -169,14 +170,8 @@ def _samples(model, captions, sampling, path, split) -> dict[str, np.ndarray]:
             told = now
     arrays = {name: np.stack([getattr(row, name) for row in rows])
               for name in ('images', 'logp', 'scores')}
-    _save(path, **arrays)
+    runs.write_arrays(path, arrays)
     return arrays
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    temporary = path.with_suffix('.tmp.npz')
-    np.savez_compressed(temporary, **arrays)
-    temporary.replace(path)
 
 
 def _check_workdir(out: Path, options: EvaluateConfig, model: Any) -> None:

@@ -112,10 +112,7 @@ class Run:
           captions: one for each picture of the batch.
           boundary: where the image begins in attention matrices.
         """
-        path = self.path / 'snapshot.npz'
-        temporary = path.with_suffix('.tmp.npz')
-        np.savez_compressed(temporary, **{name: np.asarray(a) for name, a in arrays.items()})
-        os.replace(temporary, path)
+        write_arrays(self.path / 'snapshot.npz', arrays)
         write_atomic(self.path / 'snapshot.json', json.dumps(
             {'step': step, 'captions': captions, 'boundary': boundary}))
 
@@ -211,6 +208,13 @@ def read_config(path: str | Path) -> config_lib.Experiment:
         return config_lib.resolve(json.loads(file.read_text()))
     except (json.JSONDecodeError, config_lib.ConfigError) as error:
         raise RunError(f'{file} cannot be read: {error}') from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes a .npz file so that a reader sees the old arrays or the new ones, never a part."""
+    temporary = path.with_suffix('.tmp.npz')
+    np.savez_compressed(temporary, **{name: np.asarray(a) for name, a in arrays.items()})
+    os.replace(temporary, path)
 
 
 def write_atomic(path: Path, text: str) -> None:
