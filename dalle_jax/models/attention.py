@@ -10,14 +10,13 @@ image; an image state attends to all of the text and to some of the image, by th
     'causal'   everything before it and itself (also for plain sequences, without a Layout)
 
 `offsets` and `mask` are the definition and the oracle. `attend` computes the same in dense blocks,
-touching little more than what a pattern allows; `attend_cached` does it for one new state.
+touching little more than what a pattern allows.
 
 B batch, H heads, D head size, L = T + I states, T text, I image; R rows, C columns; q query, k key;
-n blocks; N candidates of one caption; S slots of a cache.
+n blocks.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +26,10 @@ from jax import lax
 from dalle_jax.models.layers import contract
 
 PATTERNS = ('row', 'column', 'conv', 'causal')
+IMPLEMENTATIONS = ('auto', 'blocked', 'dense', 'pallas', 'splash')
 
 # Instead of -inf, whose differences are NaN; scores are float32 whatever the inputs are.
-_MASKED = -1e30
+MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +96,14 @@ def mask(kind: str, layout: Layout) -> np.ndarray:
                     (key < text) & (key <= query))
 
 
-def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout | None = None
-           ) -> jax.Array:
+def visible_pairs(kind: str, layout: Layout) -> int:
+    """How many pairs of a query and a key a pattern allows: the ones of `mask`."""
+    image = int(np.maximum(layout.image - offsets(kind, layout), 0).sum())
+    return layout.text * (layout.text + 1) // 2 + layout.image * layout.text + image
+
+
+def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout | None = None,
+           implementation: str = 'blocked') -> jax.Array:
     """softmax(q k / sqrt(D)) v under a pattern, in work proportional to what the pattern allows.
 
     Args:
@@ -106,13 +112,17 @@ def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout |
         [B, L, H, D] forward and backward. Products are computed in their dtype; scores, softmax
         and sums are float32.
       layout: of the L states; not needed for 'causal' and 'bidirectional'.
+      implementation: one of IMPLEMENTATIONS, of patterns with a layout: 'blocked', the fastest on
+        CPUs; 'dense', the whole mask, to compare with.
 
     Returns:
       [B, H, L, D] in v's dtype.
 
     Raises:
-      ValueError: an unknown kind, or L is not the layout's.
+      ValueError: an unknown kind or implementation, or L is not the layout's.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'attention {implementation!r}; choose one of {IMPLEMENTATIONS}')
     length = q.shape[2]
     if kind == 'bidirectional':
         return _dense(q, k, v, np.ones((length, length), bool))
@@ -123,6 +133,13 @@ def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout |
     if layout is None or length != layout.length:
         raise ValueError(f'attention {kind!r} over {length} states with {layout}; the layout must '
                          'have as many')
+    if implementation == 'dense':
+        return _dense(q, k, v, mask(kind, layout))
+    return _blocked(kind, q, k, v, layout)
+
+
+def _blocked(kind, q, k, v, layout):
+    """Dense blocks of the text and of every part of the image."""
     # Splits, because the gradient of a split is a concatenation: slices would be padded and added.
     parts = [lax.split(x, (layout.text, layout.image), axis=2) for x in (q, k, v)]
     (q_text, q_image), (k_text, k_image), (v_text, v_image) = parts
@@ -139,7 +156,7 @@ def weights(kind: str, q: jax.Array, k: jax.Array, layout: Layout) -> jax.Array:
 def _weights(q, k, allowed):
     """softmax(q k / sqrt(D)) under a mask [L, L]."""
     scores = contract('bhqd,bhkd->bhqk', q, k, q.dtype) * q.shape[-1] ** -0.5
-    return jax.nn.softmax(jnp.where(allowed[None, None], scores, _MASKED))
+    return jax.nn.softmax(jnp.where(allowed[None, None], scores, MASKED))
 
 
 def _dense(q, k, v, allowed):
@@ -164,7 +181,7 @@ def _image(kind, q, k, v, k_text, v_text, layout):
     dtype, scale = q.dtype, size ** -0.5
     text = scale * contract('bhqd,bhkd->bhqk', q, k_text, dtype)
     local = scale * contract('bhnqd,bhnkd->bhnqk', q.reshape(*by_block, size), k, dtype)
-    local = jnp.where(allowed[None, None], local, _MASKED)
+    local = jnp.where(allowed[None, None], local, MASKED)
     # Any shift leaves a softmax as it is, so no gradient passes through this one.
     top = lax.stop_gradient(jnp.maximum(text.max(-1), local.max(-1).reshape(q.shape[:3])))
     text = jnp.exp(text - top[..., None])
@@ -225,65 +242,3 @@ def _transposed(x: jax.Array, rows: int, columns: int) -> jax.Array:
     """Image states [B, H, I, D] of a rows x columns grid in the order of the transposed grid."""
     batch, heads, _, size = x.shape
     return x.reshape(batch, heads, rows, columns, size).swapaxes(2, 3).reshape(x.shape)
-
-
-# -- one state at a time ---------------------------------------------------------------------------
-# A layer's cache holds keys and values of earlier image states in S slots. A column layer has a
-# lane of slots, one a row, for each column, so that a step reads a contiguous lane; other layers
-# have a ring of as many states as the pattern reaches.
-
-
-def cache_shape(kind: str, layout: Layout) -> tuple[tuple[int, ...], int]:
-    """Lanes, () or (columns,), and slots of a layer's cache."""
-    if kind == 'column':
-        return (layout.columns,), layout.rows
-    return (), max(1, min(int(offsets(kind, layout)[-1]), layout.image - 1))
-
-
-def cache_address(kind: str, layout: Layout, position: jax.Array
-                  ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Lane, () or (column,), and slot of the image state at `position`; may be traced."""
-    if kind == 'column':
-        return (position % layout.columns,), position // layout.columns
-    return (), position % cache_shape(kind, layout)[1]
-
-
-def cache_visible(kind: str, layout: Layout, position: jax.Array) -> jax.Array:
-    """Which slots of its lane the image state at `position` sees: bool [S].
-
-    For a cache that holds the states before it, but not yet itself.
-    """
-    slots = cache_shape(kind, layout)[1]
-    slot = jnp.arange(slots)
-    if kind == 'column':
-        return slot < position // layout.columns
-    behind = (position - 1 - slot) % slots + 1
-    in_pattern = np.isin(np.arange(slots + 1), offsets(kind, layout))
-    return (behind <= position) & jnp.asarray(in_pattern)[behind]
-
-
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, text: Sequence[jax.Array],
-                  cache: Sequence[jax.Array], visible: jax.Array) -> jax.Array:
-    """Attention of one new image state of each of N candidates: to the text, its cache and itself.
-
-    Args:
-      q, k, v: [B, H, N, D], of the new state.
-      text: keys and values [B, H, T, D] of the caption, shared by its candidates.
-      cache: keys and values [B, H, N, S, D], the lane of the state at hand.
-      visible: bool [S].
-
-    Returns:
-      [B, H, N, D].
-    """
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5
-    on_text = scale * contract('bhnd,bhtd->bhnt', q, text[0], dtype)
-    on_cache = scale * contract('bhnd,bhnsd->bhns', q, cache[0], dtype)
-    on_cache = jnp.where(visible[None, None, None], on_cache, _MASKED)
-    on_self = scale * contract('bhnd,bhnd->bhn', q, k, dtype)[..., None]
-    top = jnp.maximum(jnp.maximum(on_text.max(-1, keepdims=True),
-                                  on_cache.max(-1, keepdims=True)), on_self)
-    on_text, on_cache, on_self = (jnp.exp(x - top) for x in (on_text, on_cache, on_self))
-    total = on_text.sum(-1, keepdims=True) + on_cache.sum(-1, keepdims=True) + on_self
-    out = contract('bhnt,bhtd->bhnd', on_text, text[1], dtype) + on_self * v
-    out += contract('bhns,bhnsd->bhnd', on_cache, cache[1], dtype)
-    return (out / total).astype(dtype)

@@ -17,7 +17,7 @@ B batch, L length, d width, H heads, D = d / H; N candidates of one caption.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,12 @@ ACTIVATIONS = {
     'relu': jax.nn.relu,
 }
 
-# What a layer keeps for its backward pass, beside its input.
+# What a layer keeps for its backward pass, beside its input: per state, 'dots' 9 d values,
+# 'all-but-mlp' 5 d, for a ninth more work, 'full' none, for a third more.
 REMAT = {
     'none': None,
     'dots': jax.checkpoint_policies.save_only_these_names('qkv', 'attended', 'out', 'up'),
+    'all-but-mlp': jax.checkpoint_policies.save_only_these_names('qkv', 'attended', 'out'),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -61,6 +63,7 @@ class BlockConfig:
       activation: a key of ACTIVATIONS.
       eps: of the layernorms.
       std: of the initial matrices.
+      attention: how attention under a pattern is computed, one of attention.IMPLEMENTATIONS.
       residual_std: of the matrices that write into the residual stream; None: std / sqrt(2 depth),
         so that the stream's variance does not grow with depth (Child et al. 2019).
 
@@ -78,6 +81,7 @@ class BlockConfig:
     eps: float = 1e-5
     std: float = 0.02
     residual_std: float | None = None
+    attention: str = 'auto'
 
     def __post_init__(self):
         for name in ('depth', 'width', 'heads', 'mlp_ratio'):
@@ -89,6 +93,9 @@ class BlockConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f'transformer: activation={self.activation!r}; choose one of '
                              f'{tuple(ACTIVATIONS)}')
+        if self.attention not in attention.IMPLEMENTATIONS:
+            raise ValueError(f'transformer: attention={self.attention!r}; choose one of '
+                             f'{attention.IMPLEMENTATIONS}')
         if len(self.patterns) != self.depth:
             raise ValueError(f'transformer: {len(self.patterns)} patterns for depth={self.depth}; '
                              'give one a layer')
@@ -158,7 +165,8 @@ def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
       x: [B, L, d].
       dtype: of the branches.
       remat: what is recomputed in the backward pass. 'none': nothing; 'dots': all but the results
-        of the matrix products; 'full': each layer from its input.
+        of the matrix products; 'all-but-mlp': the hidden units of the MLP too; 'full': each layer
+        from its input.
       constrain: Context.constrain.
 
     Returns:
@@ -166,9 +174,9 @@ def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
     """
     def attend(kind, place, layer, q, k, v):
         del place, layer
-        return attention.attend(kind, q, k, v, config.layout), None
+        return attention.attend(kind, q, k, v, config.layout, config.attention), None
 
-    x, _ = _run(params, config, x, attend, dtype, remat, constrain)
+    x, _ = run_layers(params, config, x, attend, dtype, remat, constrain)
     return layer_norm(x, params['norm'], config.eps)
 
 
@@ -182,7 +190,7 @@ def attention_maps(params: Any, config: BlockConfig, x: jax.Array) -> dict[str, 
       pattern -> float32 [B, L, L], queries by keys.
     """
     first = {}
-    for part, places in _by_place(config, lambda place, kind: kind).items():
+    for part, places in by_place(config, lambda place, kind: kind).items():
         for name, kind in places.items():
             first.setdefault(kind, (part, name))
 
@@ -191,110 +199,12 @@ def attention_maps(params: Any, config: BlockConfig, x: jax.Array) -> dict[str, 
         seen = attention.weights(kind, q, k, config.layout).mean(1) if place == first[kind] else ()
         return attention.attend(kind, q, k, v, config.layout), seen
 
-    _, kept = _run(params, config, x, attend, jnp.float32)
+    _, kept = run_layers(params, config, x, attend, jnp.float32)
     return {kind: kept[part][name][0] if part == 'body' else kept[part][name]
             for kind, (part, name) in first.items()}
 
 
-def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32) -> Any:
-    """Keys and values of the text states [B, T, d], which see nothing but text.
-
-    Returns:
-      a tree {'body': {'0'..'3'}, 'tail': {'0'..}} of pairs of arrays [B, H, T, D] in `dtype`, in
-      the body with a leading axis [groups].
-    """
-    def attend(kind, place, layer, q, k, v):
-        del kind, place, layer
-        return attention.attend('causal', q, k, v), (k, v)
-
-    return _run(params, config, x, attend, dtype)[1]
-
-
-class Caches(NamedTuple):
-    """Keys and values of the image states so far, in trees like `prefill`'s.
-
-    Attributes:
-      past: all but the last state's: pairs of arrays [B, H, N, S, D] with slots as attention.py
-        lays them out, behind an axis of lanes if there are any and, in the body, one of groups.
-      last: the last state's: pairs of arrays [B, H, N, D], in the body behind an axis of groups.
-    """
-
-    past: Any
-    last: Any
-
-
-def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = jnp.float32
-                 ) -> Caches:
-    """Caches for `step` in front of the first image state, of `candidates` images a caption."""
-    heads, size = (batch, config.heads, candidates), config.width // config.heads
-
-    def pair(place, *shape):
-        shape = (config.groups, *shape) if place[0] == 'body' else shape
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-    def past(place, kind):
-        lanes, slots = attention.cache_shape(kind, config.layout)
-        return pair(place, *lanes, *heads, slots, size)
-
-    return Caches(_by_place(config, past),
-                  _by_place(config, lambda place, kind: pair(place, *heads, size)))
-
-
-def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, text: Any,
-         caches: Caches, *, dtype: Any = jnp.float32) -> tuple[jax.Array, Caches]:
-    """All layers for the next image state of each of N candidates.
-
-    A step first writes the state before it into the caches; the layers then only read them, and
-    the new keys and values leave the layers' scan as its outputs. So a step moves one state's worth
-    of cache. Written by the layers or after them, the compiler would copy all of it.
-
-    Args:
-      x: [B, N, d].
-      position: int32 scalar, index of the image state; may be traced.
-      text: from `prefill`.
-      caches: from `empty_caches` or the step before.
-
-    Returns:
-      float32 [B, N, d] behind the final layernorm, and the caches.
-    """
-    def write(place, kind):
-        part, name = place
-        # In front of position 0 these are zeros, and so is what they overwrite.
-        lane, slot = attention.cache_address(kind, config.layout, position - 1)
-
-        def one(past, last):
-            groups, heads, size = last.shape[:-4], last.shape[-4:-1], last.shape[-1]
-            return lax.dynamic_update_slice(
-                past, last.reshape(*groups, *(1 for _ in lane), *heads, 1, size),
-                (*(0 for _ in groups), *lane, 0, 0, 0, slot, 0))
-
-        return tuple(map(one, caches.past[part][name], caches.last[part][name]))
-
-    past = _by_place(config, write)
-
-    def attend(kind, place, layer, q, k, v):
-        part, name = place
-        lane, _ = attention.cache_address(kind, config.layout, position)
-        out = attention.attend_cached(
-            q, k, v, [_at(x, layer) for x in text[part][name]],
-            [_at(x, (*layer, *lane)) for x in past[part][name]],
-            attention.cache_visible(kind, config.layout, position))
-        return out, (k, v)
-
-    x, last = _run(params, config, x, attend, dtype)
-    return layer_norm(x, params['norm'], config.eps), Caches(past, last)
-
-
-def _at(stack: jax.Array, index: tuple) -> jax.Array:
-    """stack[index] as one slice."""
-    if not index:
-        return stack
-    rest = stack.shape[len(index):]
-    return lax.dynamic_slice(stack, (*index, *(0 for _ in rest)),
-                             (*(1 for _ in index), *rest)).reshape(rest)
-
-
-def _by_place(config, function):
+def by_place(config, function):
     """{'body': {'0'..'3'}, 'tail': {'0'..}} of function((part, name), pattern)."""
     def part(name, patterns):
         return {str(i): function((name, str(i)), kind) for i, kind in enumerate(patterns)}
@@ -303,7 +213,7 @@ def _by_place(config, function):
     return {'body': part('body', config.patterns[:PERIOD]), **tail} if config.groups else tail
 
 
-def _run(params, config, x, attend, dtype, remat='none', constrain=unconstrained):
+def run_layers(params, config, x, attend, dtype, remat='none', constrain=unconstrained):
     """All layers.
 
     Args:
@@ -331,7 +241,7 @@ def _run(params, config, x, attend, dtype, remat='none', constrain=unconstrained
             x, kept[name] = run(group_params[name], (index,), x)
         return x, kept
 
-    runners = _by_place(config, runner)
+    runners = by_place(config, runner)
     x, kept = constrain(x, ('batch', None, None)), {'tail': {}}
     if config.groups:
         x, kept['body'] = lax.scan(group, x, (params['body'], jnp.arange(config.groups)))

@@ -190,38 +190,6 @@ def test_weights_are_those_of_the_definition(kind):
     np.testing.assert_allclose(attention.weights(kind, q, k, TOY), want, atol=1e-6)
 
 
-@pytest.mark.parametrize('layout', [Layout(3, 4, 5, 3), Layout(2, 5, 3, 7), Layout(1, 1, 4)])
-@pytest.mark.parametrize('kind', attention.PATTERNS)
-def test_cached_state_by_state(kind, layout):
-    """Queries of N candidates on a shared text, with a cache written after each state."""
-    candidates = 2
-    q, k, v = tensors(layout, batch=candidates, heads=2, count=3)
-    k[:, :, :layout.text], v[:, :, :layout.text] = k[:1, :, :layout.text], v[:1, :, :layout.text]
-    want = oracle(attention.mask(kind, layout), q, k, v, v)[0][:, :, layout.text:]
-    text = [x[:1, :, :layout.text] for x in (k, v)]
-    lanes, slots = attention.cache_shape(kind, layout)
-    caches = [np.zeros((*lanes, 1, 2, candidates, slots, 4), np.float32) for _ in range(2)]
-
-    @jax.jit
-    def step(position, *arrays):
-        return attention.attend_cached(*arrays, attention.cache_visible(kind, layout, position))
-
-    for position in range(layout.image):
-        new = [x[:, :, layout.text + position].swapaxes(0, 1)[None] for x in (q, k, v)]
-        lane, slot = attention.cache_address(kind, layout, position)
-        out = np.asarray(step(position, *new, text, [c[lane] for c in caches]))
-        np.testing.assert_allclose(out[0].swapaxes(0, 1), want[:, :, position], atol=2e-6)
-        for cache, x in zip(caches, new[1:]):
-            cache[lane][..., slot, :] = x
-
-
-def test_cache_sizes_of_the_paper():
-    layout = Layout(256, 32, 32, 11)
-    assert attention.cache_shape('row', layout) == ((), 32)
-    assert attention.cache_shape('column', layout) == ((32,), 32)
-    assert attention.cache_shape('conv', layout) == ((), 191)
-
-
 @pytest.mark.parametrize('kind,least', [('row', 3.4), ('column', 3.4), ('conv', 2)])
 def test_work_is_sparse(kind, least):
     """Floating point operations at the paper's sequence, against a dense mask."""
@@ -251,6 +219,8 @@ def test_errors():
         attention.attend('diagonal', x, x, x, TOY)
     with pytest.raises(ValueError, match="'diagonal'; choose one of"):
         attention.offsets('diagonal', TOY)
+    with pytest.raises(ValueError, match="'flash'; choose one of"):
+        attention.attend('row', x, x, x, TOY, 'flash')
     with pytest.raises(ValueError, match='over 21 states'):
         attention.attend('row', x[:, :, 1:], x[:, :, 1:], x[:, :, 1:], TOY)
     with pytest.raises(ValueError, match='over 22 states with None'):

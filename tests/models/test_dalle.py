@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_jax.models import attention, dalle, transformer
+from dalle_jax.models import attention, dalle, decoding, losses
 from dalle_jax.models.context import Context, Frozen
 from tests.models import test_transformer as stack
 
@@ -44,13 +44,6 @@ def terms(config, params, batch, train=True):
 @functools.partial(jax.jit, static_argnums=1)
 def likelihood(params, config, text, ids):
     return dalle.likelihood(params, config, text, ids)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def image_logits(params, config, text, ids):
-    """From the full forward pass, [B, I, V]."""
-    return dalle._negative_log_likelihoods(
-        params, config, text, ids, jnp.float32, lambda x, axes: x)[2][1]
 
 
 def objective(params, config, batch):
@@ -105,9 +98,9 @@ def test_full_size_programs_trace():
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
     ids, logp = jax.eval_shape(
         lambda p, text, keys: dalle.generate(p, config, text, keys=keys, dtype=jnp.bfloat16),
-        params, spec((1, 255), jnp.int32), jax.eval_shape(lambda: keys(1, 64)))
+        params, spec((1, 255), jnp.int32), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, 64))))
     assert (ids.shape, logp.shape) == ((1, 64, 32, 32), (1, 64))
-    caches = jax.eval_shape(lambda: transformer.empty_caches(config.blocks, 1, 64, jnp.bfloat16))
+    caches = jax.eval_shape(lambda: decoding.empty_caches(config.blocks, 1, 64, jnp.bfloat16))
     per_candidate = sum(x.size * 2 for x in jax.tree.leaves(caches)) / 64
     # Keys and values in bfloat16: 47 rows of 32, 16 columns of 1024, 191, and the last state's.
     assert per_candidate == 2 * 3968 * 2 * (47 * 32 + 16 * 1024 + 191 + 64)
@@ -135,7 +128,8 @@ def test_initial_values():
     (dict(kernel=4), 'kernel=4 must be odd'), (dict(grid=(0, 4)), 'rows=0'),
     (dict(pads='some'), "pads='some'"), (dict(remat='half'), "remat='half'"),
     (dict(patterns=('bidirectional',) * 4), 'no pattern may see ahead'),
-    (dict(patterns=['row']), '1 patterns for depth=4'), (dict(std=-1), 'std=-1')])
+    (dict(patterns=['row']), '1 patterns for depth=4'), (dict(std=-1), 'std=-1'),
+    (dict(caption_dropout=1.0), 'caption_dropout=1.0'), (dict(attention='flash'), 'flash')])
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
@@ -200,6 +194,11 @@ def test_loss_is_the_oracle(config):
     likelihoods = likelihood(params, config, TEXT, image)
     np.testing.assert_allclose(likelihoods[0], -of_text.sum(1), rtol=1e-5)
     np.testing.assert_allclose(likelihoods[1], -of_image.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(dalle.text_likelihood(params, config, TEXT), likelihoods[0],
+                               rtol=1e-5)
+    metrics = terms(config, params, {'text': TEXT, 'codes': image}, False)[1]
+    np.testing.assert_allclose(metrics['text_nats_per_token'][0], of_text[TEXT > 0].sum(),
+                               rtol=1e-5)
 
 
 @pytest.mark.parametrize('pads,counted', [
@@ -231,6 +230,7 @@ def test_accuracies():
         params['heads'][kind][:, 1] = 1e6 * params['transformer']['norm']['bias']
     image = codes()
     metrics = terms(CONFIG, params, {'text': TEXT, 'codes': image}, False)[1]
+    assert metrics.pop('text_nats_per_token')[1] == 6
     assert metrics == {'text_accuracy': ((TEXT == 1).sum(), 8),
                        'image_accuracy': ((image == 1).sum(), 24)}
 
@@ -255,6 +255,39 @@ def test_microbatches_add_up():
         assert sum(p[name].count for p in parts) == term.count
 
 
+def test_dropped_captions():
+    """A dropped caption is the empty one, and its text has no loss."""
+    config = dataclasses.replace(CONFIG, caption_dropout=0.5)
+    params = jax.tree.map(jnp.asarray, parameters(config))
+    batch = {'text': TEXT, 'codes': codes()}
+    none, both = (oracle(params, config, text, batch['codes']) for text in (TEXT, 0 * TEXT))
+    run = jax.jit(lambda key: dalle.loss(params, {}, batch, Context(config, key, train=True))[0])
+    seen = set()
+    for seed in range(12):
+        got = run(jax.random.key(seed))
+        fits = [dropped for dropped in ((0, 0), (0, 1), (1, 0), (1, 1)) if np.isclose(
+            got['image'].sum, sum((both if d else none)[1][i].sum() for i, d in enumerate(dropped)),
+            rtol=1e-5)]
+        assert len(fits) == 1
+        kept = [i for i, d in enumerate(fits[0]) if not d]
+        np.testing.assert_allclose(got['text'].sum, none[0][kept].sum(), rtol=1e-5)
+        assert got['text'].count == max(1, 4 * len(kept))
+        seen |= set(fits)
+    assert len(seen) == 4
+    validation = dalle.loss(params, {}, batch, Context(config))[0]
+    np.testing.assert_allclose(validation['image'].sum, none[1].sum(), rtol=1e-5)
+
+
+def test_flops():
+    """By hand for one layer; and of the family, where 6 a parameter of the blocks is most of it."""
+    config = dataclasses.replace(CONFIG, depth=1, patterns=('row',))
+    pairs = 5 * 6 // 2 + 12 * 5 + sum(min(q, 4) + 1 for q in range(12))
+    assert dalle.flops(config) == (
+        2 * 17 * (8 * 24 + 8 * 8 + 2 * 8 * 32) + 4 * 8 * pairs + 2 * 8 * (4 * 11 + 12 * 13))
+    for name, blocks in {'1.4b': 1.387e9, '2.8b': 2.831e9, '5.6b': 5.549e9, '12b': 12.092e9}.items():
+        assert 1.01 < 3 * dalle.flops(dalle.PRESETS[name]) / (6 * 1280 * blocks) < 1.05, name
+
+
 @pytest.mark.parametrize('pattern', attention.PATTERNS)
 def test_nothing_sees_ahead(pattern):
     """Exactly zero: gradients of a token's likelihood by the embedding of it or of a later one."""
@@ -268,9 +301,11 @@ def test_nothing_sees_ahead(pattern):
     def nlls(tables):
         p = {**params, 'text': {**params['text'], 'tokens': tables[0]},
              'image': {**params['image'], 'tokens': tables[1]}}
-        of_text, of_image, _ = dalle._negative_log_likelihoods(
-            p, config, text, image, jnp.float32, lambda x, axes: x)
-        return jnp.concatenate([of_text[0], of_image[0]])
+        states = dalle._states(p, config, text, image.reshape(1, -1), jnp.float32,
+                               lambda x, axes: x)
+        return jnp.concatenate([losses.vocabulary_cross_entropy(
+            x, p['heads'][kind], ids, jnp.float32)[0] for x, kind, ids in zip(
+                states, ('text', 'image'), (text, image.reshape(1, -1)))])
 
     tables = params['text']['tokens'], params['image']['tokens']
     by_text, by_image = (np.abs(np.asarray(j)).sum(-1) > 0 for j in jax.jit(jax.jacrev(nlls))(
@@ -285,7 +320,7 @@ def test_nothing_sees_ahead(pattern):
 
 
 TOKENIZER = types.SimpleNamespace(
-    encode=lambda params, config, images: jnp.round(
+    encode=lambda params, config, images, dtype: jnp.round(
         params * images[:, ::2, ::2, 0].astype(jnp.float32)).astype(jnp.int32),
     decode=lambda params, config, ids: jnp.stack([ids / 12.0] * 3, -1).repeat(2, 1).repeat(2, 2))
 
@@ -341,140 +376,6 @@ def test_golden_step():
     assert norm == pytest.approx((exact(1e-4) - exact(-1e-4)) / 2e-4, rel=1e-5)
     assert (float(loss), norm) == (pytest.approx(2.594367, rel=1e-5),
                                    pytest.approx(0.3740567, rel=1e-4))
-
-
-# -- drawing ---------------------------------------------------------------------------------------
-
-
-def keys(*shape, seed=0):
-    return jax.random.split(jax.random.key(seed), shape)
-
-
-def generate(config, params, text, temperature=1.0, **options):
-    run = jax.jit(dalle.generate, static_argnums=1, static_argnames='top_k')
-    return run(params, config, text, temperature=temperature, **options)
-
-
-@pytest.mark.parametrize('config', [CONFIG, DEEP, dataclasses.replace(
-    CONFIG, depth=2, grid=(5, 3), patterns=('conv', 'causal'))])
-def test_likelihood_of_what_is_drawn(config):
-    """Each step's distribution is that of the full forward pass, for C = 2 and N = 3."""
-    params = parameters(config)
-    ids, logp = generate(config, params, TEXT, keys=keys(2, 3))
-    assert ids.shape == (2, 3, *config.grid) and ids.dtype == jnp.int32
-    assert len({tuple(np.ravel(x)) for x in np.asarray(ids).reshape(6, -1)}) == 6
-    for candidate in range(3):
-        want = likelihood(params, config, TEXT, ids[:, candidate])[1]
-        np.testing.assert_allclose(logp[:, candidate], want, rtol=1e-4)
-
-
-def test_temperature_zero_takes_the_best_token():
-    params = parameters(CONFIG)
-    ids, _ = generate(CONFIG, params, TEXT, keys=keys(2, 3), temperature=0.0)
-    np.testing.assert_array_equal(ids[:, 0], ids[:, 1])
-    logits = image_logits(params, CONFIG, TEXT, ids[:, 0])
-    np.testing.assert_array_equal(ids[:, 0].reshape(2, -1), logits.argmax(-1))
-    filtered = dalle.filter_logits(logits, 0.0, 3, jnp.float32(0.9))
-    np.testing.assert_array_equal(np.isfinite(filtered), logits == logits.max(-1, keepdims=True))
-
-
-def test_an_image_depends_on_its_key_alone():
-    params, many = parameters(CONFIG), keys(2, 3)
-    ids, logp = generate(CONFIG, params, TEXT, keys=many)
-    alone, alone_logp = generate(CONFIG, params, TEXT[1:], keys=many[1:, 2:])
-    np.testing.assert_array_equal(alone[0, 0], ids[1, 2])
-    np.testing.assert_allclose(alone_logp[0, 0], logp[1, 2], rtol=1e-5)
-
-
-def test_prefix_is_kept_and_continued():
-    params, prefix = parameters(CONFIG), codes().reshape(2, 12)[:, :5]
-    ids, logp = generate(CONFIG, params, TEXT, keys=keys(2, 2), prefix=prefix)
-    flat = np.asarray(ids).reshape(2, 2, 12)
-    np.testing.assert_array_equal(flat[..., :5], np.repeat(prefix[:, None], 2, 1))
-    assert (flat[:, 0, 5:] != flat[:, 1, 5:]).any()
-    np.testing.assert_allclose(logp[:, 1], likelihood(params, CONFIG, TEXT, ids[:, 1])[1],
-                               rtol=1e-4)
-    with pytest.raises(ValueError, match='prefix of 13 tokens'):
-        generate(CONFIG, params, TEXT, keys=keys(2, 1), prefix=np.zeros((2, 13), np.int32))
-
-
-def test_keys_whose_numbers_depend_on_the_batch_are_refused():
-    with pytest.raises(ValueError, match='threefry2x32'):
-        dalle.generate(parameters(CONFIG), CONFIG, TEXT,
-                       keys=jax.random.split(jax.random.key(0, impl='rbg'), (2, 1)))
-
-
-@pytest.mark.parametrize('temperature,top_k,top_p', [
-    (1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (0.7, 0, 0.6)])
-def test_frequencies_of_drawn_tokens(temperature, top_k, top_p):
-    """4096 images of one token: within 5 standard deviations of the exact probabilities."""
-    config = dataclasses.replace(CONFIG, depth=1, grid=(1, 1), image_vocab=6)
-    params, draws = parameters(config), 4096
-    ids, logp = generate(config, params, TEXT[:1], keys=keys(1, draws), temperature=temperature,
-                         top_k=top_k, top_p=top_p if top_p == 1 else jnp.float32(top_p))
-    logits = image_logits(params, config, TEXT[:1], np.zeros((1, 1, 1), int))
-    logits = np.asarray(logits, np.float64)[0, 0]
-    p = filtered_probabilities(logits, temperature, top_k, top_p)
-    frequencies = np.bincount(np.ravel(ids), minlength=6) / draws
-    assert (np.abs(frequencies - p) <= 5 * np.sqrt(p * (1 - p) / draws)).all()
-    plain = logits - np.log(np.exp(logits).sum())
-    np.testing.assert_allclose(logp[0], plain[np.ravel(ids)], atol=1e-5)
-
-
-def filtered_probabilities(logits, temperature, top_k, top_p):
-    """Closed form: sort, cut, renormalise; twice."""
-    p = np.exp((logits - logits.max()) / temperature)
-    order = np.argsort(-p)
-    p[order[top_k or len(p):]] = 0
-    p /= p.sum()
-    nucleus = np.searchsorted(np.cumsum(p[order]), top_p) + 1
-    p[order[nucleus:]] = 0
-    return p / p.sum()
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 999), temperature=st.floats(0.2, 3), top_k=st.integers(0, 8),
-       top_p=st.floats(0.05, 0.99))
-def test_filters(seed, temperature, top_k, top_p):
-    logits = np.random.default_rng(seed).normal(size=(2, 8), scale=2).astype(np.float32)
-    got = np.asarray(jax.nn.softmax(
-        dalle.filter_logits(logits, temperature, top_k, jnp.float32(top_p)) / temperature))
-    for row, probabilities in zip(logits.astype(np.float64), got):
-        want = filtered_probabilities(row, temperature, top_k, top_p)
-        if abs(np.cumsum(np.sort(want)[::-1]) - top_p).min() > 1e-5:  # not on the brink
-            np.testing.assert_allclose(probabilities, want, atol=1e-5)
-
-
-def test_traced_top_p_of_one_keeps_all():
-    logits = jnp.array([[30.0, 0.0, -30.0, -60.0]])  # the last three vanish in the sum
-    np.testing.assert_array_equal(dalle.filter_logits(logits, 1.0, 0, jnp.float32(1)), logits)
-
-
-def test_filters_keep_ties_and_one_token():
-    logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
-    for options, kept in (((2, 1.0), 3), ((0, 0.1), 1), ((0, 0.5), 3), ((4, 1.0), 5)):
-        assert jnp.isfinite(dalle.filter_logits(logits, 1.0, *options)).sum() == kept
-
-
-def test_filters_cost_nothing_when_off():
-    def program(**options):
-        return str(jax.make_jaxpr(lambda p, k: dalle.generate(
-            p, CONFIG, TEXT, keys=k, temperature=0.7, **options))(parameters(CONFIG), keys(2, 1)))
-
-    def count(text):
-        return text.count('sort['), text.count('top_k[')
-
-    assert count(program()) == (0, 1)  # top_k draws the token
-    assert count(program(top_p=0.9)) == (1, 1)
-    assert count(program(top_k=3)) == (0, 2)
-
-
-def test_image_logits_only():
-    """A step multiplies by the image head alone, never by the text vocabulary's."""
-    config = dataclasses.replace(CONFIG, text_vocab=997)
-    text = jax.jit(dalle.generate, static_argnums=1).lower(
-        shapes(config), config, TEXT, keys=keys(2, 1)).as_text()
-    assert not [line for line in text.splitlines() if 'dot_general' in line and '997' in line]
 
 
 def test_snapshot():

@@ -1,5 +1,7 @@
 """Losses against closed forms and quadrature, in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,48 @@ def test_half_cosine_rises_and_may_be_absent():
     assert half_cosine(0, 0.0, 6.6, 0) == pytest.approx(6.6)
     values = half_cosine(jnp.arange(20), 0.0, 1.0, 10)
     assert bool(jnp.all(jnp.diff(values) >= 0))
+
+
+@pytest.mark.parametrize('length,chunk', [(7, 3), (6, 3), (4, 8)])
+def test_vocabulary_loss_is_that_of_the_whole_logits(length, chunk):
+    """Values and gradients in float64, for chunks that divide the length, do not, and exceed it."""
+    rng = np.random.default_rng(length)
+    x, kernel = rng.normal(size=(2, length, 5)), rng.normal(size=(5, 11))
+    targets = rng.integers(0, 11, (2, length))
+    weights = rng.uniform(size=(2, length)).astype(np.float32)
+    logits = x @ kernel
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    nats = -np.log(np.take_along_axis(p, targets[..., None], -1))[..., 0]
+    by_logits = 3 * weights[..., None] * (p - np.eye(11)[targets])
+
+    def run(x, kernel):
+        loss, correct = losses.vocabulary_loss(x, kernel, targets, weights, jnp.float32, chunk)
+        return 3 * loss, correct
+
+    (loss, correct), grads = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))(
+        *map(jnp.float32, (x, kernel)))
+    assert loss == pytest.approx(3 * (weights * nats).sum(), rel=1e-5)
+    assert correct == pytest.approx((weights * (p.argmax(-1) == targets)).sum(), rel=1e-5)
+    np.testing.assert_allclose(grads[0], by_logits @ kernel.T, atol=1e-5)
+    np.testing.assert_allclose(grads[1], np.einsum('bld,blv->dv', x, by_logits), atol=1e-5)
+    undifferentiated = jax.jit(run)(*map(jnp.float32, (x, kernel)))
+    np.testing.assert_allclose(undifferentiated, (loss, correct), rtol=1e-6)
+    np.testing.assert_allclose(losses.vocabulary_cross_entropy(
+        jnp.float32(x), jnp.float32(kernel), jnp.asarray(targets), jnp.float32, chunk), nats,
+        rtol=1e-4)
+
+
+def test_the_whole_logits_never_exist():
+    """Not in the program, forward or backward; and products of bfloat16 have such operands."""
+    def run(x, kernel):
+        return losses.vocabulary_loss(x, kernel, jnp.zeros((2, 512), jnp.int32),
+                                      jnp.ones((2, 512), jnp.float32),
+                                      jnp.bfloat16)[0]
+
+    arguments = jnp.zeros((2, 512, 8), jnp.float32), jnp.zeros((8, 300), jnp.float32)
+    program = jax.jit(jax.grad(run, (0, 1))).lower(*arguments).as_text()
+    sizes = [np.prod([int(n) for n in dims.split('x')])
+             for dims in re.findall(r'tensor<((?:\d+x)*\d+)x[a-z]+\d+>', program)]
+    assert max(sizes) == 2 * losses.CHUNK * 300
+    products = [line for line in program.splitlines() if 'dot_general' in line]
+    assert len(products) == 3 and all(line.count('bf16>') >= 2 for line in products)
