@@ -37,6 +37,18 @@ def filter_logits(logits: jax.Array, temperature: jax.Array | float, top_k: int,
     return logits
 
 
+def matrices_in(params: Any, dtype: Any) -> Any:
+    """The matrices of the blocks and heads in the dtype of their products; the rest as it is.
+
+    Drawing a token reads all of them and does little else: in bfloat16 it takes half the time.
+    """
+    def one(path, x):
+        names = {getattr(entry, 'key', None) for entry in path}
+        return x.astype(dtype) if names & {'kernel', 'heads'} else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
              temperature: jax.Array | float = 1.0, top_k: int = 0, top_p: jax.Array | float = 1.0,
              guidance: jax.Array | float = 1.0, image: jax.Array | None = None,
@@ -81,6 +93,7 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
     def doubled(x):  # the captions, and behind them as many empty ones
         return jnp.concatenate([x, x]) if guided else x
 
+    params = matrices_in(params, dtype)
     stack, blocks, p = params['transformer'], config.blocks, params['image']
     x = embed_text(params, jnp.concatenate([text, 0 * text]) if guided else text)
     logp = jnp.zeros((captions, candidates))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +196,20 @@ def test_filters_cost_nothing_when_off():
     assert count(program()) == (0, 1)  # top_k draws the token
     assert count(program(top_p=0.9)) == (1, 1)
     assert count(program(top_k=3)) == (0, 2)
+
+
+def test_weights_are_read_in_bfloat16():
+    """No step of the loop casts a weight: all are cast before, and nothing else is."""
+    config = dataclasses.replace(DEEP, width=24)
+    program = jax.jit(dalle.generate, static_argnums=1, static_argnames='dtype').lower(
+        shapes(config), config, TEXT, keys=keys(2, 1), dtype=jnp.bfloat16).as_text()
+    loop = program[program.index('stablehlo.while'):]
+    casts = re.findall(r'convert.*tensor<(?:2x)?(?:24x72|24x24|24x96|24x13)xf32>', loop)
+    assert not casts
+    cast = jax.eval_shape(lambda p: sampling.matrices_in(p, jnp.bfloat16), shapes(config))
+    assert {x.dtype.name for x in jax.tree.leaves((cast['text'], cast['image']))} == {'float32'}
+    norms = cast['transformer']['body']['0']['mlp']
+    assert (norms['up']['kernel'].dtype, norms['norm']['gain'].dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_image_logits_only():
