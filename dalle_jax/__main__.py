@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-VERBS = ('quickstart', 'train', 'sample', 'evaluate')
+VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'benchmark')
 
 
 def main():

@@ -7,15 +7,23 @@ be drawn again alone. Batch shapes are fixed and padded, so a program is compile
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from dalle_jax import runs
+from dalle_jax import machine, runs
+from dalle_jax.data.records import BadRecord
+
+# Images drawn at once where the memory allows it; on a CPU more are no faster.
+MOST_AT_ONCE = {'cpu': 64, 'gpu': 512, 'tpu': 512}
+MEMORY_SHARE = 0.8  # of the free memory: what is counted are the large arrays
+PIXELS_AT_ONCE = 2**19  # of decoded images: enough to keep any device busy
+SCORED_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,13 @@ class Sampling:
       top_k: only this many most probable tokens are drawn from; 0 is off.
       top_p: only the most probable tokens that together reach this probability; 1 is off.
       seed: with a caption and an index it determines an image.
-      batch: images drawn at once, bounding memory.
+      batch: images drawn at once; 0: as many as fit into the memory, see Model.fit. The tokens
+        do not depend on it.
+      guidance: s of logits = u + s (c - u), where c are the logits given the caption and u those
+        given an empty one. 1 is off, 0 ignores the caption, and more than 1 follows it more
+        closely, at the cost of variety (Ho and Salimans 2022, whose weight is s - 1). Doubles work
+        and caches. Needs a run trained with arch.caption_dropout, which teaches it u.
+      first: index of the first candidate: with first=5 and candidates=1, image 5 is drawn alone.
     """
 
     candidates: int = 8
@@ -36,16 +50,16 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    batch: int = 64
+    batch: int = 0
+    guidance: float = 1.0
+    first: int = 0
 
     def __post_init__(self):
-        if self.candidates < 1 or self.batch < 1:
-            raise ValueError(f'candidates={self.candidates} and batch={self.batch} must be at '
-                             'least 1')
-        if self.temperature < 0:
-            raise ValueError(f'temperature is {self.temperature}; it cannot be negative')
-        if self.top_k < 0:
-            raise ValueError(f'top_k is {self.top_k}; give 0 (off) or more')
+        if self.candidates < 1:
+            raise ValueError(f'candidates is {self.candidates}; give 1 or more')
+        for name in ('temperature', 'top_k', 'batch', 'guidance', 'first'):
+            if not 0 <= getattr(self, name) < float('inf'):
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be a number from 0 on')
         if not 0 < self.top_p <= 1:
             raise ValueError(f'top_p is {self.top_p}; it must be in (0, 1]')
 
@@ -57,17 +71,23 @@ class Drawn(NamedTuple):
       caption: as given.
       images: uint8 [n, S, S, 3].
       ids: int32 [n, h, w], the image tokens.
-      logp: float32 [n], log-likelihood of the tokens given the caption, in nats.
+      logp: float32 [n], log-likelihood of the tokens given the caption, in nats, without
+        temperature, filters and guidance.
+      logp_text: log-likelihood of the caption's tokens as far as they are read, in nats.
       scores: float32 [n], CLIP's similarity of caption and image, or None without a CLIP.
       truncated: the caption had more tokens than the model reads.
+      batch: (captions, candidates) drawn at once. The same images come out bit by bit where it
+        is the same; other shapes round differently.
     """
 
     caption: str
     images: np.ndarray
     ids: np.ndarray
     logp: np.ndarray
+    logp_text: float
     scores: np.ndarray | None
     truncated: bool
+    batch: tuple[int, int]
 
     def order(self) -> np.ndarray:
         """Indices of the candidates, best first: by CLIP where there is one, else by logp."""
@@ -83,14 +103,17 @@ class Model:
 
     def __init__(self, path: str | Path, clip: str | Path | None = None):
         runs.start_jax()
-        self.run = runs.load(path)
+        self.run = _load(path)
         kind = self.run.experiment.model
-        self.clip_run = runs.load(clip) if clip else self.run if kind == 'clip' else None
+        self.clip_run = _load(clip) if clip else self.run if kind == 'clip' else None
         self._dalle = self.run if kind == 'dalle' else None
         self.image_run = self.run if hasattr(self.run.module, 'decode') else None
         if self._dalle:
-            named = self.run.experiment.frozen['image']
-            self.image_run = runs.load(runs.named_by(named, self.run.path))
+            named = self.run.experiment.frozen.get('image')
+            if not named:  # it was trained on codes
+                raise runs.RunError(f'{path} names no image tokenizer that decodes its tokens; run '
+                                    'its train command again with --config.frozen.image=RUN')
+            self.image_run = _load(runs.named_by(named, self.run.path))
         if self.clip_run and self.clip_run.experiment.model != 'clip':
             raise runs.RunError(f'{clip} is a {self.clip_run.experiment.model} run; name a CLIP '
                                 'run to rank with')
@@ -98,7 +121,7 @@ class Model:
         if len(sides) > 1:
             raise runs.RunError(f'{clip} reads images of {self.clip_run.config.image_size} px, but '
                                 f'{path} draws {self.image_run.config.image_size} px')
-        self.dtype = runs.compute_dtype(self.run.experiment.precision)
+        self.dtype = machine.compute_dtype(self.run.experiment.precision)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [B, S, S, 3] -> int32 tokens [B, h, w]."""
@@ -114,58 +137,135 @@ class Model:
                              f'[batch, h, w] with values in [0, {run.config.vocab})')
         return np.asarray(_decode(run.module, run.config, run.params, ids))
 
-    def sample(self, captions: Sequence[str], n: int = 1, seed: int = 0, **options
+    def sample(self, captions: Sequence[str], n: int = 1, seed: int = 0, *,
+               image: np.ndarray | None = None, rows: int = 0, columns: int = 0, **options
                ) -> list[Drawn]:
-        """Draws n candidates for each caption; options are those of `Sampling`."""
-        return list(self.draw(captions, Sampling(candidates=n, seed=seed, **options)))
+        """Draws n candidates for each caption.
+
+        image, rows and columns are an image prompt, see `draw`; options are those of `Sampling`.
+        """
+        sampling = Sampling(candidates=n, seed=seed, **options)
+        return list(self.draw(captions, sampling, image, rows, columns))
 
     def score(self, captions: Sequence[str], images: np.ndarray) -> np.ndarray:
         """How well images[i] fits captions[i], float32 [B].
 
         CLIP's similarity where there is a CLIP run, else DALL-E's log p(image | caption), nats.
         """
-        if self.clip_run:
-            run = self.clip_run
-            text = self._ids(run, captions)[0]
-            return np.asarray(_clip_score(run.module, run.config, run.params,
-                                          _checked(images, run.config), text))
-        run = self._need(self._dalle, 'score images', 'a CLIP or DALL-E run')
-        text = self._ids(run, captions)[0]
-        return np.asarray(_likelihood(run.module, run.config, run.params, text,
-                                      self.encode(images))[1])
+        run = self._need(self.clip_run or self._dalle, 'score images', 'a CLIP or DALL-E run')
+        text, images = self._ids(run, captions)[0], np.asarray(images)
+        if len(text) != len(images):
+            raise ValueError(f'{len(text)} captions and {len(images)} images; give one for each')
+        function = _clip_score if run is self.clip_run else _likelihood
+        shown = _checked(images, run.config) if run is self.clip_run else self.encode(images)
+        return _in_batches(functools.partial(function, run.module, run.config, run.params),
+                           SCORED_AT_ONCE, shown, text)
 
-    def draw(self, captions: Sequence[str], sampling: Sampling) -> Iterator[Drawn]:
-        """Yields the candidates of each caption in order, as soon as they are there.
+    def draw(self, captions: Sequence[str], sampling: Sampling, image: np.ndarray | None = None,
+             rows: int = 0, columns: int = 0, *, start: int = 0,
+             progress: Callable[[int], None] = lambda images: None) -> Iterator[Drawn]:
+        """The candidates of each caption in order, as soon as they are there.
+
+        Args:
+          captions: any number of them.
+          sampling: how they are drawn.
+          image: an image prompt, uint8 [S, S, 3], which all images start from, or None.
+          rows, columns: the top rows and the left columns of the prompt's tokens are kept, and the
+            rectangle that they leave at the bottom right is drawn.
+          start: captions before this one are left out; the others are drawn in the same batches,
+            hence equal bit by bit.
+          progress: is told the number of images of each batch, when it is drawn.
 
         Raises:
-          ValueError: an empty caption, named by its position, before anything is drawn.
+          ValueError: an empty caption, named by its position, or options that the run does not
+            allow; at once, before anything is drawn.
         """
         run = self._need(self._dalle, 'sample', 'a DALL-E run')
         text, truncated = self._ids(run, captions)
-        n = sampling.candidates
-        rows = max(1, min(sampling.batch // n, len(captions)))  # captions at once
-        width = min(n, sampling.batch)  # candidates of a caption at once
+        if sampling.top_k > run.config.image_vocab:
+            raise ValueError(f'top_k is {sampling.top_k}, and the image vocabulary has '
+                             f'{run.config.image_vocab} tokens; give fewer, or 0 (off)')
+        if sampling.guidance != 1 and not run.config.caption_dropout:
+            raise ValueError(f'guidance is {sampling.guidance}, and {run.path} was trained with '
+                             'arch.caption_dropout 0, so it has never seen an empty caption; give '
+                             'guidance 1, or train with --config.arch.caption_dropout=0.1')
+        codes = self._prompt(image, rows, columns)
+        sampling = self.fit(sampling, len(captions))
         draw = functools.partial(
-            _draw, run.module, run.config, self.image_run.module, self.image_run.config, self.dtype,
-            sampling.top_k, run.params, self.image_run.params)
-        for start in range(0, len(captions), rows):
-            chosen = [min(start + i, len(captions) - 1) for i in range(rows)]  # last batch: padded
+            _draw, run.params, self.image_run.params, image=codes,
+            temperature=jnp.float32(sampling.temperature), top_p=jnp.float32(sampling.top_p),
+            guidance=jnp.float32(sampling.guidance), dalle=run.module, config=run.config,
+            tokenizer=self.image_run.module, tokenizer_config=self.image_run.config,
+            dtype=self.dtype, top_k=sampling.top_k, nucleus=sampling.top_p < 1,
+            guided=sampling.guidance != 1, keep=(rows, columns))
+        return self._drawn(draw, captions, text, truncated, sampling, start, progress)
+
+    def _drawn(self, draw, captions, text, truncated, sampling, start, progress):
+        n, total = sampling.candidates, len(captions)
+        shape = rows, width = batch_shape(sampling.batch, total, n)
+        for begin in range(start // rows * rows, total, rows):
+            chosen = [min(begin + i, total - 1) for i in range(rows)]  # the last batch is padded
+            wanted = range(max(start - begin, 0), min(rows, total - begin))
+            if not wanted:
+                return
             parts = []
             for first in range(0, n, width):
-                indices = range(first, first + width)
+                indices = range(sampling.first + first, sampling.first + first + width)
                 keys = jnp.stack([image_keys(sampling.seed, captions[c], indices) for c in chosen])
-                parts.append(jax.device_get(draw(
-                    text[chosen], keys, jnp.float32(sampling.temperature),
-                    jnp.float32(sampling.top_p), sampling.top_p < 1)))
-            images, ids, logp = (np.concatenate([p[i] for p in parts], axis=1)[:, :n]
-                                 for i in range(3))
-            for row in range(min(rows, len(captions) - start)):
-                caption = captions[start + row]
-                scores = None
-                if self.clip_run:
-                    scores = self.score([caption] * n, images[row])
-                yield Drawn(caption, images[row], ids[row], logp[row], scores,
-                            bool(truncated[start + row]))
+                *part, logp_text = jax.device_get(draw(text[chosen], keys))
+                parts.append(part)
+                progress(len(wanted) * (min(first + width, n) - first))
+            images, ids, logp = (np.concatenate(part, axis=1)[:, :n] for part in zip(*parts))
+            scores = [None] * rows
+            if self.clip_run:
+                scores = self.score([captions[c] for c in chosen for _ in range(n)],
+                                    images.reshape(-1, *images.shape[2:])).reshape(rows, n)
+            for row in wanted:
+                yield Drawn(captions[begin + row], images[row], ids[row], logp[row],
+                            float(logp_text[row]), scores[row], bool(truncated[begin + row]), shape)
+
+    def fit(self, sampling: Sampling, captions: int) -> Sampling:
+        """`sampling` with `batch` filled in where it is 0: the largest power of two that fits.
+
+        It says so where the candidates of a caption have to be drawn in parts.
+        """
+        if sampling.batch:
+            return sampling
+        run = self._need(self._dalle, 'sample', 'a DALL-E run')
+        n = sampling.candidates
+        most = MOST_AT_ONCE[jax.default_backend()]
+        free = MEMORY_SHARE * machine.memory()
+        decoded = _decoding_bytes(self.image_run, most)
+
+        def needed(batch):
+            return decoded + run.module.sample_bytes(
+                run.config, *batch_shape(batch, captions, n), self.dtype, sampling.guidance != 1)
+
+        batch = most
+        while batch > 1 and needed(batch) > free:
+            batch //= 2
+        if n > batch:
+            width = batch_shape(batch, captions, n)[1]
+            why = f'more than {most} at once are no faster'
+            if batch < most:
+                why = (f'memory: all at once take {needed(n) / 2**30:.1f} GiB, and '
+                       f'{free / 2**30:.1f} can be used')
+            runs.say(f'{n} candidates of a caption in {-(-n // width)} batches of {width}: {why}')
+        return dataclasses.replace(sampling, batch=batch)
+
+    def _prompt(self, image, rows, columns):
+        """Codes int32 [R, C] of an image prompt, or None without one."""
+        height, width = self.run.config.grid
+        if image is None and not rows and not columns:
+            return None
+        if image is None:
+            raise ValueError(f'rows={rows} and columns={columns} say what is kept of an image '
+                             'prompt, and there is none')
+        if not (0 <= rows < height and 0 <= columns < width and rows + columns):
+            raise ValueError(f'rows={rows} and columns={columns} of an image prompt of {height} x '
+                             f'{width} tokens cannot be kept; give rows up to {height - 1}, '
+                             f'columns up to {width - 1}, and not 0 for both')
+        return self.encode(np.asarray(image)[None])[0]
 
     def _ids(self, run, captions):
         length = run.module.batch_spec(run.config, {})['text'].shape[0]
@@ -191,9 +291,11 @@ def encode_captions(tokenizer, captions: Sequence[str], length: int
         raise ValueError('there are no captions; give at least one')
     ids, truncated = np.zeros((len(captions), length), np.int32), np.zeros(len(captions), bool)
     for i, caption in enumerate(captions):
-        pieces = tokenizer.encode(caption) if caption.strip() else []
-        if not pieces:
-            raise ValueError(f'caption {i} is empty ({caption!r}); every caption needs a word')
+        try:
+            pieces = tokenizer.encode(caption)
+        except BadRecord:
+            raise ValueError(f'caption {i} is empty ({caption!r}); every caption needs a word'
+                             ) from None
         truncated[i] = len(pieces) > length
         ids[i, :len(pieces)] = pieces[:length]
     return ids, truncated
@@ -206,20 +308,67 @@ def image_keys(seed: int, caption: str, indices: Sequence[int]) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(list(indices)))
 
 
+def _load(path):
+    """A run whose parameters are on the device, where every batch finds them."""
+    run = runs.load(path)
+    return run._replace(params=jax.device_put(run.params))
+
+
+def batch_shape(batch: int, captions: int, candidates: int) -> tuple[int, int]:
+    """(captions, candidates) of a batch of at most `batch` images, all batches filled alike."""
+    if candidates > batch:
+        return 1, -(-candidates // -(-candidates // batch))
+    batches = -(-captions // (batch // candidates))
+    return -(-captions // batches), candidates
+
+
 def to_uint8(images: jax.Array) -> jax.Array:
     """Float images in [0, 1] as uint8, rounded."""
     return jnp.round(images * 255).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 12))
-def _draw(dalle, config, tokenizer, tokenizer_config, dtype, top_k, params, tokenizer_params, text,
-          keys, temperature, top_p, nucleus):
+@functools.partial(jax.jit, static_argnames=(
+    'dalle', 'config', 'tokenizer', 'tokenizer_config', 'dtype', 'top_k', 'nucleus', 'guided',
+    'keep'))
+def _draw(params, tokenizer_params, text, keys, *, image, temperature, top_p, guidance, dalle,
+          config, tokenizer, tokenizer_config, dtype, top_k, nucleus, guided, keep):
     """Prefill, the image tokens and the decoder in one program."""
-    ids, logp = dalle.generate(params, config, text, keys=keys, temperature=temperature,
-                               top_k=top_k, top_p=top_p if nucleus else 1.0, dtype=dtype)
+    if image is not None:
+        image = jnp.broadcast_to(image, (len(text), *image.shape))
+    ids, logp = dalle.generate(
+        params, config, text, keys=keys, temperature=temperature, top_k=top_k,
+        top_p=top_p if nucleus else 1.0, guidance=guidance if guided else 1.0, image=image,
+        keep=keep, dtype=dtype)
     flat = ids.reshape(-1, *ids.shape[2:])
-    images = to_uint8(tokenizer.decode(tokenizer_params, tokenizer_config, flat))
-    return images.reshape(*ids.shape[:2], *images.shape[1:]), ids, logp
+    size = _decoded_at_once(tokenizer_config, len(flat))
+    padded = jnp.pad(flat, ((0, -len(flat) % size), (0, 0), (0, 0)))
+    images = lax.map(lambda part: to_uint8(tokenizer.decode(tokenizer_params, tokenizer_config,
+                                                            part)),
+                     padded.reshape(-1, size, *flat.shape[1:]))
+    images = images.reshape(-1, *images.shape[2:])[:len(flat)]
+    return (images.reshape(*ids.shape[:2], *images.shape[1:]), ids, logp,
+            dalle.text_likelihood(params, config, text, dtype))
+
+
+def _decoded_at_once(config, images):
+    return max(1, min(images, PIXELS_AT_ONCE // config.image_size ** 2))
+
+
+def _decoding_bytes(run, images):
+    """Estimated memory of decoding: four of the decoder's largest activations."""
+    ids = jnp.zeros((_decoded_at_once(run.config, images), *run.config.grid), jnp.int32)
+    program = jax.make_jaxpr(lambda params, ids: run.module.decode(params, run.config, ids))
+    return 4 * max(x.aval.size * x.aval.dtype.itemsize
+                   for equation in program(run.params, ids).eqns for x in equation.outvars)
+
+
+def _in_batches(function, size, *arrays):
+    """function(*arrays) on rows [B, ...], in equal parts of at most `size`, the last one padded."""
+    count = len(arrays[0])
+    size = -(-count // -(-count // size))
+    rows = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
+    return np.concatenate(jax.device_get(
+        [function(*(array[part] for array in arrays)) for part in rows]))[:count]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -238,8 +387,8 @@ def _clip_score(module, config, params, images, text):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _likelihood(module, config, params, text, ids):
-    return module.likelihood(params, config, text, ids)
+def _likelihood(module, config, params, ids, text):
+    return module.likelihood(params, config, text, ids)[1]
 
 
 def _checked(images, config):

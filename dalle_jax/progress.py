@@ -2,20 +2,36 @@
 
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from dalle_jax.runs import say
 
-QUIET = ('steps_per_s', 'examples_per_s', 'data_wait', 'skipped', 'learning_rate')
+QUIET = ('steps_per_s', 'examples_per_s', 'tokens_per_second', 'model_tflops', 'mfu', 'data_wait',
+         'skipped', 'learning_rate')
+
+
+class Work(NamedTuple):
+    """What a training step does, and what the machine could do.
+
+    Attributes:
+      flops: model FLOPs of training on an example: no recomputation, no frozen models.
+      peak: FLOP/s of the machine in plain matrix products of the same type.
+      tokens: of an example; 0 for models without.
+    """
+
+    flops: int
+    peak: float
+    tokens: int = 0
 
 
 class Progress:
     """Speed and time left, not counting compilation, validation and saving."""
 
-    def __init__(self, name, first, last, group, batch_size):
+    def __init__(self, name, first, last, group, batch_size, work):
         self.name, self.step, self.last, self.batch_size = name, first, last, batch_size
-        self._group = group
+        self._group, self._work = group, work
         self._mark, self._aside, self._rate = time.monotonic(), 0.0, None
         self._waited, self._starved = 0.0, 0.0
 
@@ -36,23 +52,32 @@ class Progress:
         self._waited = wait_seconds
 
     def rates(self, step: int) -> dict[str, float]:
-        """Speed since the last call, and the share of it in which the device had no work."""
+        """Speed since the last call, and the share of it in which the device had no work.
+
+        model_tflops counts model FLOPs, in 10^12 a second; mfu is the share of the machine's rate.
+        """
         now = time.monotonic()
         busy = max(now - self._mark - self._aside, 1e-9)
         # A window that holds only the step that compiled has no speed.
         self._rate = (step - self.step) / busy if step > self.step else float('nan')
         starved = self._starved / busy
         self.step, self._mark, self._aside, self._starved = step, now, 0.0, 0.0
-        return {'steps_per_s': self._rate, 'examples_per_s': self._rate * self.batch_size,
-                'data_wait': starved}
+        examples = self._rate * self.batch_size
+        flops = examples * self._work.flops
+        tokens = {'tokens_per_second': examples * self._work.tokens} if self._work.tokens else {}
+        return {'steps_per_s': self._rate, 'examples_per_s': examples, **tokens,
+                'model_tflops': flops / 1e12, 'mfu': flops / self._work.peak, 'data_wait': starved}
 
     def line(self, step: int, values: Mapping[str, float]) -> str:
         """What the console says of a log interval."""
         left = (self.last - step) / self._rate
         left = clock(left) if np.isfinite(left) else 'unknown'
+        tokens = (f'  {values["tokens_per_second"]:,.0f} tokens/s'
+                  if 'tokens_per_second' in values else '')
         return (f'{self.name}: step {step}/{self.last}  {brief(values)}  '
-                f'{values["examples_per_s"]:.0f} examples/s  wait {values["data_wait"]:.1%}  '
-                f'left {left}')
+                f'{values["examples_per_s"]:.3g} examples/s{tokens}  '
+                f'{values["model_tflops"]:.3g} TFLOP/s  MFU {values["mfu"]:.1%}  '
+                f'wait {values["data_wait"]:.1%}  left {left}')
 
 
 class _Aside:

@@ -9,7 +9,6 @@
               done.json        written last: the run is finished
 """
 
-import ctypes
 import fcntl
 import json
 import os
@@ -17,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -40,13 +39,7 @@ class Run:
                  started: float | None = None):
         """Takes the directory; `started` is the time.monotonic() at which the session began."""
         self.path = Path(workdir)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / 'lock', 'w')
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f'{self.path} is in use by another process; wait for it, or give '
-                           'another --workdir') from None
+        self._lock = take(self.path, '--workdir')
         self._check(experiment)
         write_atomic(self.path / 'config.json', config_lib.to_json(experiment))
         self._metrics = None
@@ -68,6 +61,8 @@ class Run:
         old = read_config(self.path)
         changed = {key: values for key, values in config_lib.differences(old, experiment).items()
                    if key not in FREE_KEYS}
+        if old.data.source == 'tokens':  # it only decodes: the codes are those of data.tokenizer
+            changed.pop('frozen.image', None)
         if changed:
             listed = '; '.join(f'{key} was {a!r} and is now {b!r}'
                                for key, (a, b) in list(changed.items())[:6])
@@ -174,6 +169,23 @@ def named_by(path: str | Path, run: str | Path) -> Path:
     return beside if not Path(path).exists() and beside.exists() else Path(path)
 
 
+def take(path: Path, flag: str) -> IO:
+    """Makes a directory and locks it: until the file returned is closed, or the process ends.
+
+    Raises:
+      RunError: another process holds it; names the flag that gives another one.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = open(path / 'lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RunError(f'{path} is in use by another process; wait for it, or give another {flag}'
+                       ) from None
+    return lock
+
+
 def has_checkpoint(path: str | Path) -> bool:
     """Whether a run has saved a step."""
     return any(Path(path).glob('checkpoints/[0-9]*'))
@@ -238,7 +250,9 @@ def start_jax(cpu_devices: int = 1) -> None:
     import jax
     from absl import logging
 
-    _keep_freed_memory()
+    from dalle_jax import machine
+
+    machine.keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
     cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'dalle_jax' / 'xla'
     if not jax.config.jax_compilation_cache_dir:
@@ -250,29 +264,3 @@ def start_jax(cpu_devices: int = 1) -> None:
         except RuntimeError as error:
             raise RunError(f'cpu_devices={cpu_devices} cannot be set any more: jax has touched its '
                            'devices; start a new process') from error
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc keep large freed blocks, which saves about a sixth of a training step on CPU.
-
-    XLA allocates its temporaries anew in every call. By default glibc maps and unmaps each of them,
-    and the kernel clears every page again. Has no effect once jax has touched a device.
-    """
-    if not sys.platform.startswith('linux'):
-        return
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is not None:  # glibc; other C libraries have none
-        M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-        mallopt(M_ARENA_MAX, 1)
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
-def compute_dtype(precision: str):
-    """The dtype of matrix products: 'auto' is bfloat16 on TPU and GPU and float32 on CPU."""
-    import jax
-    import jax.numpy as jnp
-
-    if precision == 'auto':
-        precision = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-    return jnp.dtype(precision)

@@ -18,11 +18,11 @@ import numpy as np
 from absl import app, flags
 
 from dalle_jax import config as config_lib
-from dalle_jax import runs
+from dalle_jax import machine, runs
 from dalle_jax.data import sources
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.models.context import Context, Frozen
-from dalle_jax.progress import Progress, brief, clock
+from dalle_jax.progress import Progress, Work, brief, clock
 from dalle_jax.runs import say
 from dalle_jax.training import partition, step as step_lib
 from dalle_jax.training.checkpoint import Checkpoints, restore_subtree
@@ -52,7 +52,7 @@ def run(config, workdir: str) -> dict[str, float] | None:
     model = config_lib.model_module(experiment.model)
 
     # -- what the run stands on: frozen runs, data, tokenizer --------------------------------
-    loaded = {role: runs.load(path) for role, path in experiment.frozen.items() if path}
+    loaded = _load_frozen(experiment)
     frozen = {role: Frozen(r.module, r.config, r.params) for role, r in loaded.items()
               if role == 'image'}
     for role, f in frozen.items():
@@ -60,18 +60,27 @@ def run(config, workdir: str) -> dict[str, float] | None:
             raise runs.RunError(f'frozen.{role}={experiment.frozen[role]!r} is a '
                                 f'{loaded[role].experiment.model} run; name an image tokenizer, '
                                 'such as a dVAE run')
-    spec = model.batch_spec(experiment.arch, frozen)
-    if 'image' not in spec:
+    spec = _batch_spec(experiment, model, frozen)
+    if experiment.data.source == 'tokens' and 'codes' not in spec:
+        raise runs.RunError(f"the {experiment.model} is trained on images, and source 'tokens' has "
+                            'only codes of them; give the images they were made of')
+    if experiment.data.source != 'tokens' and 'image' not in spec:
         raise runs.RunError(f'the {experiment.model} reads images through a tokenizer: name a '
                             'finished dVAE run with --config.frozen.image=RUN')
     needs_text = 'text' in spec
     source, valid_source = (sources.open_source(experiment.data, split, needs_text)
                             for split in ('train', 'valid'))
+    image_tokenizer = frozen['image'].config if frozen else None
+    if experiment.data.source == 'tokens':
+        image_tokenizer = source.image_tokenizer
+        _check_codes(experiment, loaded, image_tokenizer)
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(
+            experiment.data, tokenizer=image_tokenizer.fingerprint))
     tokenizer = _tokenizer(experiment, loaded, source, workdir) if needs_text else None
     if hasattr(model, 'fit'):
         experiment = dataclasses.replace(experiment, arch=model.fit(
             experiment.arch, text_vocab=tokenizer.vocab_size,
-            image_tokenizer_config=frozen['image'].config if frozen else None))
+            image_tokenizer_config=image_tokenizer))
     log = runs.Run(workdir, experiment, started)
     try:
         if log.finished(experiment.loop.steps):
@@ -89,7 +98,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     name = f'{experiment.model} {log.path}'
 
     # -- pipelines: a batch is a pure function of seed and step ------------------------------
-    spec = model.batch_spec(experiment.arch, frozen)
+    spec = _batch_spec(experiment, model, frozen)
     pipeline = _pipeline(experiment, source, spec, tokenizer, train=True)
     valid = _pipeline(experiment, valid_source, spec, tokenizer, train=False)
     valid.batch(0)  # held-out data that cannot be read is an error now, not after the first epoch
@@ -98,7 +107,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     # -- mesh and state. Restore order: 1 this run's newest checkpoint, 2 init_from, 3 random -
     mesh = partition.make_mesh(experiment.mesh)
     task = step_lib.Task(model, experiment.arch, experiment.optimizer, loop.microbatches,
-                         runs.compute_dtype(experiment.precision), loop.prng,
+                         machine.compute_dtype(experiment.precision), loop.prng,
                          partition.constrainer(mesh))
     abstract = jax.eval_shape(lambda: step_lib.init_state(task, experiment.seed))
     placed = partition.shardings(model.axes(experiment.arch), abstract.params, mesh)
@@ -154,7 +163,8 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
         _write_page(log.path)
 
     # -- the loop ----------------------------------------------------------------------------
-    progress = Progress(name, first, loop.steps, loop.group, experiment.data.batch_size)
+    progress = Progress(name, first, loop.steps, loop.group, experiment.data.batch_size,
+                        _work(experiment, model, task.dtype))
     window, pending, values, metrics, done, told = [], None, {}, {}, first, 0
     stack = contextlib.ExitStack()
     stack.callback(checkpoints.close)
@@ -218,11 +228,53 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     return facts
 
 
+def _work(experiment, model, dtype):
+    """What training does; the machine's rate is measured before the data's workers share it."""
+    arch, window = experiment.arch, experiment.data.image_size
+    if window and hasattr(arch, 'image_size'):
+        arch = dataclasses.replace(arch, image_size=window)
+    blocks = getattr(arch, 'blocks', None)  # of a stack over tokens
+    return Work(3 * model.flops(arch), machine.matmul_rate(dtype) * machine.devices(),
+                blocks.layout.length if blocks else 0)
+
+
+def _load_frozen(experiment):
+    """role -> Loaded of the runs that the experiment names."""
+    loaded = {}
+    for role, path in experiment.frozen.items():
+        try:
+            if path:
+                loaded[role] = runs.load(path)
+        except runs.RunError as error:
+            if role != 'image' or experiment.data.source != 'tokens':
+                raise
+            raise runs.RunError(f'{error}. Token records need frozen.image for pictures only: '
+                                '--config.frozen.image= trains without it') from None
+    return loaded
+
+
+def _check_codes(experiment, loaded, made_by):
+    """Only the run that made the codes can turn them into pictures."""
+    found = runs.fingerprint(loaded['image'].params) if 'image' in loaded else made_by.fingerprint
+    if found != made_by.fingerprint:
+        raise runs.RunError(
+            f"frozen.image={experiment.frozen['image']!r} has the fingerprint {found}, but the "
+            f'codes in {experiment.data.path} are those of {made_by.run} with '
+            f'{made_by.fingerprint}: name that run, or encode the images with this one')
+
+
+def _batch_spec(experiment, model, frozen):
+    """One example; where the source has codes, no image is turned into them."""
+    return model.batch_spec(experiment.arch, {} if experiment.data.source == 'tokens' else frozen)
+
+
 def _pipeline(experiment, source, spec, tokenizer, train, shared=True):
     data = experiment.data
+    size = spec['image'].shape[0] if 'image' in spec else None
     return Pipeline(
         source, batch_size=data.batch_size, seed=experiment.seed,
-        image_size=(train and data.image_size) or spec['image'].shape[0],
+        image_size=(train and data.image_size) or size,
+        grid=None if size else spec['codes'].shape,
         text_length=spec['text'].shape[0] if 'text' in spec else None, tokenizer=tokenizer,
         crop=data.crop if train else data.valid_crop,
         bpe_dropout=data.bpe_dropout if train else 0.0, shuffle=train,

@@ -1,13 +1,11 @@
 """All stages on a tiny budget, and everything one can do with their runs afterwards."""
 
-import io
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from absl import app
 from PIL import Image
 
 import dalle_jax
@@ -133,17 +131,6 @@ def test_sample_writes_images_grid_and_lines(model, tmp_path):
         picture = np.asarray(Image.open(tmp_path / line['file']))
         np.testing.assert_array_equal(picture, expected.images[line['index']])
     assert Image.open(tmp_path / 'grid.png').size == (2 * 62 + 2, 3 * 62 + 2)
-
-
-def test_captions_from_arguments_file_and_standard_input(tmp_path, monkeypatch):
-    file = tmp_path / 'captions.txt'
-    file.write_text('one\n\n two \n')
-    assert sample.read_captions([], str(file)) == ['one', 'two']
-    monkeypatch.setattr('sys.stdin', io.StringIO('three\n'))
-    assert sample.read_captions([], '-') == ['three']
-    assert sample.read_captions(['four'], None) == ['four']
-    with pytest.raises(app.UsageError, match='caption 2 is empty'):
-        sample.read_captions(['five', ' '], None)
 
 
 def test_wrong_kinds_of_runs_are_refused_by_name(trained, tmp_path):

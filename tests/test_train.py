@@ -12,6 +12,7 @@ from PIL import Image
 
 from dalle_jax import config as config_lib
 from dalle_jax import runs, train
+from dalle_jax.models import dvae
 from dalle_jax.report import read_metrics
 
 TINY = {'arch.widths': (8, 8), 'arch.vocab': 16, 'arch.n_init': 8, 'arch.blocks_per_group': 1,
@@ -87,7 +88,12 @@ def test_a_folder_with_bad_files_trains_and_names_them(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert facts['bad_records'] > 0
     assert 'broken.png' in printed and 'tiny.png' in printed and '8 x 8' in printed, printed
-    assert runs.load(tmp_path / 'run').step == 20
+    run = runs.load(tmp_path / 'run')
+    assert run.step == 20
+    logged = read_metrics(tmp_path / 'run' / 'metrics.jsonl')[-2]  # the last is of kind 'valid'
+    assert logged['model_tflops'] == pytest.approx(
+        3 * dvae.flops(run.config) * logged['examples_per_s'] / 1e12)
+    assert logged['mfu'] > 0 and f"TFLOP/s  MFU {logged['mfu']:.1%}" in printed
 
 
 def test_an_empty_folder_is_refused_before_anything_starts(tmp_path):

@@ -2,9 +2,9 @@
 
 Step `s` of batch size B fills positions s B to (s + 1) B - 1 of an endless stream. Position p is
 record permutation(p mod N) of epoch p // N, where every epoch permutes the N records anew, and all
-that is random about it (which caption, the crop, BPE dropout) is drawn by a generator seeded with
-(seed, p). So a batch does not depend on the steps before it, on the number of threads, or on how
-many processes share it: process i of n computes rows i B / n to (i + 1) B / n - 1.
+that is random about it (caption, BPE dropout, crop, in this order) is drawn by a generator seeded
+with (seed, p). So a batch does not depend on the steps before it, on the number of threads, or on
+how many processes share it: process i of n computes rows i B / n to (i + 1) B / n - 1.
 
 A bad record (see `records`) is replaced by the one that a hash of (seed, p, attempt) picks, which
 keeps the batch a function of seed, step and bytes; `Pipeline.problems` counts and names them.
@@ -61,8 +61,9 @@ class Pipeline:
 
     def __init__(self, source: Source, *, batch_size: int, seed: int,
                  image_size: int | None = None, text_length: int | None = None,
-                 tokenizer: Tokenizer | None = None, crop: str = 'none', bpe_dropout: float = 0.0,
-                 shuffle: bool = True, process_index: int = 0, process_count: int = 1):
+                 tokenizer: Tokenizer | None = None, grid: tuple[int, int] | None = None,
+                 crop: str = 'none', bpe_dropout: float = 0.0, shuffle: bool = True,
+                 process_index: int = 0, process_count: int = 1):
         """Raises ValueError on arguments that contradict each other.
 
         Args:
@@ -72,6 +73,7 @@ class Pipeline:
           image_size: S, which gives batches an 'image'.
           text_length: T, which gives batches a 'text'; needs `tokenizer`.
           tokenizer: encodes captions.
+          grid: (h, w), which gives batches 'codes'; the source has such records (TokenSource).
           crop: how images become S x S, one of images.CROPS.
           bpe_dropout: probability of dropping a merge.
           shuffle: whether epochs are permuted; without, records come in order, again and again.
@@ -86,8 +88,8 @@ class Pipeline:
                              f'{process_count} processes that share it')
         if not 0 <= process_index < process_count:
             raise ValueError(f'process_index {process_index} is not in [0, {process_count})')
-        if not image_size and not text_length:
-            raise ValueError('a batch needs image_size, text_length or both')
+        if not image_size and not text_length and not grid:
+            raise ValueError('a batch needs grid or image_size, text_length or both')
         if text_length and tokenizer is None:
             raise ValueError(f'text_length {text_length} needs a tokenizer')
         if crop not in images.CROPS:
@@ -100,6 +102,7 @@ class Pipeline:
         self._image_size = image_size
         self._text_length = text_length
         self._tokenizer = tokenizer
+        self._grid = grid
         self._crop = crop
         self._bpe_dropout = bpe_dropout
         self._shuffle = shuffle
@@ -109,7 +112,8 @@ class Pipeline:
         self.problems = Problems()
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of a step: 'image' uint8 [b, S, S, 3], 'text' int32 [b, T].
+        """This process's rows of a step: 'image' uint8 [b, S, S, 3] or 'codes' int32 [b, h, w], and
+        'text' int32 [b, T].
 
         Only what the pipeline was asked for is there. Raises RuntimeError where 16 records in a row
         are bad; any other error of the source is passed on.
@@ -122,6 +126,8 @@ class Pipeline:
         if self._image_size:
             side = self._image_size
             batch['image'] = np.empty((len(positions), side, side, 3), np.uint8)
+        if self._grid:
+            batch['codes'] = np.empty((len(positions), *self._grid), np.int32)
         if self._text_length:
             batch['text'] = np.zeros((len(positions), self._text_length), np.int32)
         records = self._records(indices) if self._records else [None] * len(indices)
@@ -182,6 +188,8 @@ class Pipeline:
         if self._image_size:
             image = images.decode(record.image, record.name)
             example['image'] = images.crop(self._crop, image, self._image_size, rng, record.name)
+        if self._grid:
+            example['codes'] = record.codes[rng.integers(len(record.codes))]
         return example
 
     def _note_bad(self, message: str) -> None:

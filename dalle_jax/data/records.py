@@ -9,14 +9,16 @@ class Record(NamedTuple):
     """One image with its captions.
 
     Attributes:
-      image: an encoded file (jpeg, png, webp), or uint8 [H, W, 3].
+      image: an encoded file (jpeg, png, webp), or uint8 [H, W, 3]; None where there are codes.
       captions: one or more; training draws one of them each time.
       name: how messages call this record.
+      codes: image tokens of K crops of the image, integers [K, h, w], from a source of those.
     """
 
-    image: bytes | np.ndarray
+    image: bytes | np.ndarray | None
     captions: tuple[str, ...]
     name: str
+    codes: np.ndarray | None = None
 
 
 class BadRecord(ValueError):

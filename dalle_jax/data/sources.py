@@ -1,10 +1,11 @@
 """Where records come from: the `data` section of an experiment, and folders of own images.
 
-A source has len() and [i] -> Record (see `records`). Three kinds can be named:
+A source has len() and [i] -> Record (see `records`). Four kinds can be named:
 
     scenes   scenes.Scenes: drawn on demand; splits train, combos, pairs, any
     folder   FolderSource: a directory of images with captions beside them; splits train, valid, all
     tfds     tfds.TfdsSource: a prepared TensorFlow Datasets directory; splits as it names them
+    tokens   tokens.TokenSource: image tokens that `encode` wrote; splits train, valid
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ from typing import Any
 
 from dalle_jax.data.images import CROPS
 from dalle_jax.data.records import BadRecord, Record, Source
+from dalle_jax.data.tokens import TOKEN_SPLITS, TokenSource
 
-SOURCES = ('scenes', 'folder', 'tfds')
+SOURCES = ('scenes', 'folder', 'tfds', 'tokens')
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
 FOLDER_SPLITS = ('train', 'valid', 'all')
@@ -34,13 +36,16 @@ class DataConfig:
 
     Attributes:
       source: one of SOURCES.
-      path: the directory of 'folder' and 'tfds'.
+      path: the directory of 'folder', 'tfds' and 'tokens'.
       train_split, valid_split: the source's names for what is trained and validated on.
       batch_size: images a step, over all processes together.
-      crop: how training images are cut to size, one of images.CROPS.
+      crop: how training images are cut to size, one of images.CROPS. Of no effect on 'tokens',
+        whose images were cut when they were encoded; neither is valid_crop.
       valid_crop: the same for validation: 'center', or 'none' where the images fit already.
       image_size: side of a training image where it is smaller than the model's; needs crop
         'window'. 0: the model's.
+      tokenizer: fingerprint of the dVAE that made the 'tokens'; '' is filled in at start, so that a
+        run is not continued on the codes of another one.
       bpe_dropout: probability of dropping a merge in training captions.
       train_length, valid_length: number of records of 'scenes'.
       scenes: options of scenes.SceneConfig.
@@ -56,6 +61,7 @@ class DataConfig:
     crop: str = 'none'
     valid_crop: str = 'none'
     image_size: int = 0
+    tokenizer: str = ''
     bpe_dropout: float = 0.1
     train_length: int = 0
     valid_length: int = 0
@@ -75,6 +81,12 @@ class DataConfig:
         else:
             check('path', self.path, f'the directory that source {self.source!r} reads')
             check('scenes', not self.scenes, "empty unless source is 'scenes'")
+        check('tokenizer', not self.tokenizer or self.source == 'tokens',
+              "empty unless source is 'tokens'")
+        if self.source == 'tokens':
+            for key in ('train_split', 'valid_split'):
+                check(key, getattr(self, key) in TOKEN_SPLITS, f'one of {", ".join(TOKEN_SPLITS)}')
+            check('image_size', not self.image_size, "0 where source is 'tokens'")
         if self.source == 'folder':
             splits = f'one of {", ".join(FOLDER_SPLITS)}'
             check('train_split', self.train_split in FOLDER_SPLITS, splits)
@@ -119,6 +131,8 @@ def open_source(config: DataConfig, split: str, captions_required: bool = True) 
         case 'tfds':
             from dalle_jax.data.tfds import TfdsSource
             return TfdsSource(config.path, name)
+        case 'tokens':
+            return TokenSource(config.path, name, config.tokenizer)
 
 
 def captions(source: Source, limit: int) -> Iterator[str]:

@@ -149,6 +149,22 @@ def batch_spec(config: Config, frozen: Mapping[str, Any] | None = None
             'text': jax.ShapeDtypeStruct((config.text_length,), jnp.int32)}
 
 
+def flops(config: Config) -> int:
+    """Model FLOPs of one pair, forward: both towers, not the comparisons with the rest of a batch.
+
+    Multiplications and additions of the matrix products and of the visible pairs of attention.
+    """
+    def tower(blocks, states, pairs):
+        d = blocks.width
+        matrices = (4 + 2 * blocks.mlp_ratio) * d * d * states
+        return blocks.depth * (matrices + 2 * d * pairs) + d * config.embedding
+
+    patches, states = (config.image_size // config.patch)**2, config.text_length + 1
+    image = tower(config.image_blocks, patches + 1, (patches + 1)**2)
+    text = tower(config.text_blocks, states, states * (states + 1) // 2)
+    return 2 * (3 * config.image_size**2 * config.image_width + image + text)
+
+
 def embed_image(params: Any, config: Config, images: jax.Array, dtype: Any = jnp.float32,
                 constrain: Any = unconstrained) -> jax.Array:
     """Unit vectors float32 [B, e] of uint8 images [B, S, S, 3]."""

@@ -100,6 +100,15 @@ def kmeans(points: jax.Array, k: int, key: jax.Array, iterations: int = 6) -> Cl
     return _kmeans(jnp.asarray(points, jnp.float32), k, key, iterations)
 
 
+def gumbel_softmax(logits: jax.Array, tau: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """Relaxed one-hot sample of a categorical [..., K] (sec. 2.1; Jang et al. 2017).
+
+    Its argmax is an exact sample at any temperature. Without a key the noise is left out.
+    """
+    noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape)
+    return jax.nn.softmax((logits + noise) / tau)
+
+
 def usage(ids: jax.Array, vocab: int) -> dict[str, tuple[jax.Array, float]]:
     """How the codes of a batch are used, as (value, 1.0).
 

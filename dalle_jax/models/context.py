@@ -6,6 +6,7 @@ A model is a module of this package that exports
     init(config, key) -> params, model_state             float32 arrays; model_state has no gradient
     axes(config) -> tree like params                     logical axis names, one a dimension
     batch_spec(config, frozen) -> name: ShapeDtypeStruct of one example
+    flops(config) -> model FLOPs of one example, forward; a training step has three times as many
     loss(params, model_state, batch, ctx) -> terms, metrics, model_state
     snapshot(params, model_state, batch, ctx) -> arrays for the report
 

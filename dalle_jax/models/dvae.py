@@ -9,6 +9,7 @@ code's embedding, p patch.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -210,6 +211,13 @@ def batch_spec(config: Config, frozen: Any = None) -> dict[str, jax.ShapeDtypeSt
     return {'image': jax.ShapeDtypeStruct((config.image_size, config.image_size, 3), jnp.uint8)}
 
 
+def flops(config: Config, parts: Iterable[str] = ('encoder', 'codebook', 'decoder')) -> int:
+    """Model FLOPs of one image, forward: of the convolutions of all three parts, or of some."""
+    chosen = [_parts(config)[part] for part in parts]
+    return math.prod(config.grid) * sum(
+        module.flops(math.prod(one.shape[:3]), one.shape[3]) for module, one in chosen)
+
+
 def map_pixels(images: jax.Array) -> jax.Array:
     """phi: uint8 in [0, 255] -> float32 in [0.1, 0.9] (app. A.3)."""
     return images.astype(jnp.float32) * ((1 - 2 * EPS) / 255) + EPS
@@ -236,8 +244,8 @@ def _encode(params, config, images, dtype):
     return _encoder(config, dtype).apply({'params': params['encoder']}, map_pixels(images))
 
 
-def _decode(params, config, embedded, dtype):
-    """Output maps of embedded codes."""
+def decode_embedded(params: Any, config: Config, embedded: jax.Array, dtype: Any) -> jax.Array:
+    """Maps [B, S, S, 6 or 3], for `read_out`, of embedded codes [B, h, w, n]."""
     return _decoder(config, dtype).apply({'params': params['decoder']}, embedded)
 
 
@@ -258,7 +266,7 @@ def encode(params: Any, config: Config, images: jax.Array, dtype: Any = jnp.floa
 
 def decode(params: Any, config: Config, ids: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """Images, float32 [B, S, S, 3] in [0, 1], of codes [B, h, w]."""
-    return read_out(_decode(params, config, lookup(params, ids), dtype), config)
+    return read_out(decode_embedded(params, config, lookup(params, ids), dtype), config)
 
 
 def _nll(maps, images, config):
@@ -274,15 +282,6 @@ def _quality(maps, images, config, suffix=''):
     decibels = -10 * jnp.log10(jnp.maximum(error.mean(axis=(1, 2, 3)), 1e-10))
     return {'mse' + suffix: (error.sum(), float(error.size)),
             'psnr' + suffix: (decibels.sum(), float(len(decibels)))}
-
-
-def gumbel_softmax(logits: jax.Array, tau: jax.Array | float, key: jax.Array | None) -> jax.Array:
-    """Relaxed one-hot sample of a categorical [..., K] (sec. 2.1; Jang et al. 2017).
-
-    Its argmax is an exact sample at any temperature. Without a key the noise is left out.
-    """
-    noise = 0.0 if key is None else jax.random.gumbel(key, logits.shape)
-    return jax.nn.softmax((logits + noise) / tau)
 
 
 def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, Any, Any]:
@@ -312,7 +311,7 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
     step = ctx.step - config.warmup_steps
     tau = half_cosine(step, 1.0, config.temperature, config.temperature_steps)
     beta = half_cosine(step, 0.0, config.kl_weight, config.kl_steps)
-    relaxed = gumbel_softmax(logits, tau, ctx.key)
+    relaxed = codebook.gumbel_softmax(logits, tau, ctx.key)
     embedded = _codebook(config).apply({'params': params['codebook']}, relaxed)
     if config.warmup_steps:
         noisy = latent
@@ -320,7 +319,7 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
             sd = half_cosine(ctx.step, 0.0, config.noise, config.warmup_steps // 2)
             noisy += sd * jax.random.normal(jax.random.fold_in(ctx.key, 1), latent.shape)
         embedded = jnp.where(step < 0, noisy, embedded)
-    maps = _decode(params, config, embedded, ctx.dtype)
+    maps = decode_embedded(params, config, embedded, ctx.dtype)
     nll, kl = _nll(maps, images, config), losses.kl_to_uniform(logits)
     terms = {
         'reconstruction': losses.Term(nll.sum(), float(nll.size)),
@@ -335,9 +334,9 @@ def loss(params: Any, model_state: Any, batch: Any, ctx: Context) -> tuple[Any, 
         metrics['alarm/codebook_collapse'] = jnp.where(step < 0, 0.0, alarm), count
     if not ctx.train:
         drawn = lookup(params, jnp.argmax(relaxed, axis=-1))
-        hard = _nll(_decode(params, config, drawn, ctx.dtype), images, config)
+        hard = _nll(decode_embedded(params, config, drawn, ctx.dtype), images, config)
         metrics['elb_hard'] = -hard.sum() - kl.sum(), float(hard.size)
-        maps = _decode(params, config, lookup(params, ids), ctx.dtype)
+        maps = decode_embedded(params, config, lookup(params, ids), ctx.dtype)
         metrics |= _quality(maps, images, config, '_hard')
     return terms, metrics, model_state
 
@@ -353,7 +352,7 @@ def snapshot(params: Any, model_state: Any, batch: Any, ctx: Context) -> dict[st
     embedded = lookup(params, ids)
     if config.warmup_steps:
         embedded = jnp.where(ctx.step < config.warmup_steps, latent, embedded)
-    maps = _decode(params, config, embedded, ctx.dtype)
+    maps = decode_embedded(params, config, embedded, ctx.dtype)
     return {'images/originals': images, 'images/reconstructions': read_out(maps, config),
             'counts/codes': jnp.bincount(ids.reshape(-1), length=config.vocab)}
 

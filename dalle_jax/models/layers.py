@@ -61,7 +61,7 @@ class Param:
     def init(self, key: jax.Array) -> jax.Array:
         """Initial values, float32."""
         if not self.std:
-            return jnp.full(self.shape, self.mean)
+            return jnp.full(self.shape, self.mean, jnp.float32)  # weakly typed, it compiles again
         return self.mean + self.std * jax.random.normal(key, self.shape)
 
 

@@ -2,7 +2,8 @@
 
 Images and activations are [B, H, W, C]. The residual stream, the layers around the codes and the
 last one are float32; all other convolutions compute in `dtype`. p patch, K codes, n channels of a
-code's embedding.
+code's embedding. `flops(pixels, inputs)` of a module counts the FLOPs of its convolutions for an
+input of so many pixels and channels, a multiply-add as two, and padding too.
 """
 
 from typing import Any
@@ -38,6 +39,10 @@ class Conv(nn.Module):
         return bias + jax.lax.conv_general_dilated(
             x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
+    @nn.nowrap
+    def flops(self, pixels: int, inputs: int) -> int:
+        return 2 * pixels * self.size**2 * inputs * self.features
+
 
 class Block(nn.Module):
     """Residual bottleneck: skip + gain * (relu, convolution) four times.
@@ -69,6 +74,16 @@ class Block(nn.Module):
                 # quarter and the wide input is never written at the doubled resolution.
                 x, skip = upsample(x), upsample(skip)
         return skip + self.gain * x.astype(jnp.float32)
+
+    @nn.nowrap
+    def flops(self, pixels: int, inputs: int) -> int:
+        total = 0 if inputs == self.features else Conv(self.features, 1).flops(pixels, inputs)
+        for i, size in enumerate(self.sizes, start=1):
+            conv = Conv(self.features if i == len(self.sizes) else self.features // 4, size)
+            total += conv.flops(pixels, inputs)
+            pixels *= 4 if i == 1 and self.double else 1
+            inputs = conv.features
+        return total
 
 
 class Encoder(nn.Module):
@@ -108,6 +123,21 @@ class Encoder(nn.Module):
         inputs = None if self.bottleneck else 'conv_in'
         return x, Conv(self.vocab, 1, axes=(inputs, 'vocab'), name='logits')(x)
 
+    @nn.nowrap
+    def flops(self, pixels: int, inputs: int) -> int:
+        pixels, inputs = pixels // self.patch**2, inputs * self.patch**2
+        total = Conv(self.widths[0], 7 if self.patch == 1 else 1).flops(pixels, inputs)
+        inputs = self.widths[0]
+        for g, (width, blocks) in enumerate(zip(self.widths, self.blocks)):
+            pixels //= 4 if g > 0 else 1
+            for _ in range(blocks):
+                total += Block(width, (3, 3, 3, 1), self.gain, self.dtype).flops(pixels, inputs)
+                inputs = width
+        if self.bottleneck:
+            total += Conv(self.bottleneck, 1).flops(pixels, inputs)
+            inputs = self.bottleneck
+        return total + Conv(self.vocab, 1).flops(pixels, inputs)
+
 
 class Decoder(nn.Module):
     """Embedded codes [B, h, w, n] -> maps [B, S, S, maps].
@@ -142,6 +172,18 @@ class Decoder(nn.Module):
         # grey level, several per cent of a narrow distribution's width.
         x = Conv(self.maps * self.patch ** 2, 1, axes=('conv_in', None), name='output')(nn.relu(x))
         return depth_to_space(x, self.patch)
+
+    @nn.nowrap
+    def flops(self, pixels: int, inputs: int) -> int:
+        total = 0
+        if self.n_init:
+            total, inputs = Conv(self.n_init, 1).flops(pixels, inputs), self.n_init
+        for g, (width, blocks) in enumerate(zip(self.widths, self.blocks)):
+            for b in range(blocks):
+                block = Block(width, (1, 3, 3, 3), self.gain, self.dtype, double=g > 0 and b == 0)
+                total += block.flops(pixels, inputs)
+                pixels, inputs = pixels * (4 if block.double else 1), width
+        return total + Conv(self.maps * self.patch**2, 1).flops(pixels, inputs)
 
 
 def max_pool(x: jax.Array) -> jax.Array:

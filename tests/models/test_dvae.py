@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from dalle_jax.models import dvae
+from dalle_jax.models import codebook, dvae
 from dalle_jax.models.context import Context
 
 SMALL = dvae.Config(image_size=16, vocab=24, widths=(8, 12, 16), n_init=8, groups=3,
@@ -336,12 +336,13 @@ def test_schedules_follow_the_step():
 
 def test_gumbel_softmax_samples_the_categorical():
     logits = jnp.asarray([0.3, -1.2, 2.0, 0.0, -4.0])
-    relaxed = dvae.gumbel_softmax(jnp.broadcast_to(logits, (40_000, 5)), 1e-3, jax.random.key(0))
+    many = jnp.broadcast_to(logits, (40_000, 5))
+    relaxed = codebook.gumbel_softmax(many, 1e-3, jax.random.key(0))
     np.testing.assert_allclose(relaxed.sum(-1), 1, rtol=1e-5)
     p = np.asarray(jax.nn.softmax(logits))
     error = np.asarray(relaxed.mean(0)) - p
     assert np.all(abs(error) < 5 * np.sqrt(p * (1 - p) / 40_000))
-    np.testing.assert_allclose(dvae.gumbel_softmax(logits, 1.0, None), p, rtol=1e-6)
+    np.testing.assert_allclose(codebook.gumbel_softmax(logits, 1.0, None), p, rtol=1e-6)
 
 
 def test_gumbel_softmax_is_finite_and_has_gradients_at_the_lowest_temperature():
@@ -349,7 +350,7 @@ def test_gumbel_softmax_is_finite_and_has_gradients_at_the_lowest_temperature():
     tangent = jax.random.normal(jax.random.key(1), logits.shape)
 
     def projected(logits):
-        return jnp.sum(tangent * dvae.gumbel_softmax(logits, 1 / 16, jax.random.key(2)))
+        return jnp.sum(tangent * codebook.gumbel_softmax(logits, 1 / 16, jax.random.key(2)))
 
     value, gradient = jax.value_and_grad(projected)(logits)
     assert bool(jnp.isfinite(value)) and bool(jnp.isfinite(gradient).all())
