@@ -191,7 +191,7 @@ def _training(bench, module, config, batch):
     """
     mesh = partition.make_mesh(partition.MeshConfig())
     task = step_lib.Task(module, config, OPTIMIZERS[module], 1, bench.dtype, 'threefry2x32',
-                         partition.constrainer(mesh))
+                         partition.Constrainer(mesh))
     abstract = jax.eval_shape(lambda: step_lib.init_state(task, 0))
     placed = partition.shardings(module.axes(config), abstract.params, mesh)
     placed = partition.like_params(abstract, placed, abstract.params, mesh)
@@ -340,7 +340,9 @@ def main(argv):
                       FLAGS.batch, FLAGS.candidates, FLAGS.with_dvae, FLAGS.repeats)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    run(bench, FLAGS.out)
+    failed = [f"{x['name']} {x['kind']}" for x in run(bench, FLAGS.out) if x.get('failed')]
+    if failed:
+        raise SystemExit(f'failed, see above: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

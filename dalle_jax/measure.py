@@ -5,6 +5,7 @@ matrix products and copies. All that is compared runs in turns in one process.
 """
 
 import functools
+import logging
 import resource
 import statistics
 import sys
@@ -64,23 +65,20 @@ def measure(cases: Sequence[Case], dtype: Any, repeats: int, common: Mapping[str
         speedup_over: kind of another case -> its median divided by this one's;
         model_tflops, and as a share of the matrix products: of_matmul_rate;
         roofline_fraction: the share of the time that copying `bytes` would take;
-        error, instead of times, where the memory that is free does not suffice.
+        error, instead of times, where the memory that is free does not suffice, or what was
+          raised: 'failed' is true, and the other cases are measured all the same.
     """
     facts, runs = {}, {}
     for case in cases:
-        started = time.perf_counter()
-        compiled = case.lower().compile()
-        found = dict(case.extra, compile_seconds=time.perf_counter() - started)
-        found['peak_bytes'], new = _program_bytes(compiled)
-        free = machine.memory()
-        if new > free:
-            found['error'] = f'needs {new:,} more bytes of memory and {free:,} are free'
+        facts[case.kind] = found = dict(case.extra)
+        try:
+            run = _prepare(case, found)
+        except Exception as error:  # whatever a compiler or a driver may raise
+            logging.exception('%s is not measured', case.kind)
+            found |= {'error': f'{type(error).__name__}: {str(error)[:1000]}', 'failed': True}
         else:
-            runs[case.kind] = functools.partial(case.run, compiled)
-            jax.block_until_ready(runs[case.kind]())
-            found |= _held()
-            found |= case.check(compiled)
-        facts[case.kind] = found
+            if run:
+                runs[case.kind] = run
     matmul, copy = machine.matmul(dtype), machine.copy()
     seconds = dict(zip((*runs, 'matmul', 'copy'), machine.timed(
         [*runs.values(), matmul.run, copy.run], repeats, clock)))
@@ -111,6 +109,23 @@ def measure(cases: Sequence[Case], dtype: Any, repeats: int, common: Mapping[str
                       'items_per_s': 1 / median[kind], 'peak_bytes': probe.peak_bytes,
                       'seconds': seconds[kind], unit: rate[kind]})
     return lines
+
+
+def _prepare(case, found):
+    """Compiles a case, runs it once and notes its facts; the run, or None if memory is short."""
+    started = time.perf_counter()
+    compiled = case.lower().compile()
+    found['compile_seconds'] = time.perf_counter() - started
+    found['peak_bytes'], new = _program_bytes(compiled)
+    free = machine.memory()
+    if new > free:
+        found['error'] = f'needs {new:,} more bytes of memory and {free:,} are free'
+        return None
+    run = functools.partial(case.run, compiled)
+    jax.block_until_ready(run())
+    found |= _held()
+    found |= case.check(compiled)
+    return run
 
 
 def _program_bytes(compiled):
@@ -149,7 +164,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         for kind, unit in (('flops_per_s', 'TFLOP/s'), ('bytes_per_s', 'TB/s')):
             ratios += [f'({line[kind] / 1e12:.4g} {unit})'] if kind in line else []
         rows.append((f"{line['name']} {line['kind']}", *cells,
-                     line.get('error') or ', '.join(ratios)))
+                     line.get('error', '').partition('\n')[0] or ', '.join(ratios)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join('  '.join(
         cell.ljust(width) if i in (0, len(COLUMNS) + 1) else cell.rjust(width)

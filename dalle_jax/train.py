@@ -108,7 +108,7 @@ def _train(experiment, model, frozen, source, valid_source, tokenizer, log):
     mesh = partition.make_mesh(experiment.mesh)
     task = step_lib.Task(model, experiment.arch, experiment.optimizer, loop.microbatches,
                          machine.compute_dtype(experiment.precision), loop.prng,
-                         partition.constrainer(mesh))
+                         partition.Constrainer(mesh))
     abstract = jax.eval_shape(lambda: step_lib.init_state(task, experiment.seed))
     placed = partition.shardings(model.axes(experiment.arch), abstract.params, mesh)
     placed = partition.like_params(abstract, placed, abstract.params, mesh)

@@ -98,6 +98,19 @@ def test_what_does_not_fit_is_named_and_not_run(monkeypatch):
     json.dumps(lines, allow_nan=False)
 
 
+def test_what_fails_leaves_the_rest(caplog):
+    good, bad = cases([])
+    failing = [bad._replace(kind='lower', lower=lambda: [][1]),
+               bad._replace(kind='run', run=lambda compiled: {}['x\ny'])]
+    lines = measure.measure([failing[0], good, failing[1]], jnp.float32, 1, {'name': 'n'})
+    by_kind = {line['kind']: line for line in lines}
+    assert by_kind['lower']['error'] == 'IndexError: list index out of range'
+    assert by_kind['run']['failed'] and by_kind['run']['error'].startswith('KeyError')
+    assert by_kind['a']['speedup_over'] == {} and by_kind['a']['seconds_median'] > 0
+    assert [record.exc_info[0] for record in caplog.records] == [IndexError, KeyError]
+    assert len(measure.table(lines).splitlines()) == 1 + len(lines)
+
+
 def test_table_has_a_line_for_each():
     lines = measure.measure(cases([]), jnp.dtype('float32'), 1, {'name': 'sum'}, Turns(4, 0.0))
     head, a, b, matmul, copy = measure.table(lines).splitlines()

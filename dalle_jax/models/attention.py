@@ -17,12 +17,17 @@ n blocks.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from dalle_jax.models import kernels
+from dalle_jax.models.context import unconstrained
 from dalle_jax.models.layers import contract
 
 PATTERNS = ('row', 'column', 'conv', 'causal')
@@ -103,7 +108,7 @@ def visible_pairs(kind: str, layout: Layout) -> int:
 
 
 def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout | None = None,
-           implementation: str = 'blocked') -> jax.Array:
+           implementation: str = 'blocked', constrain: Any = unconstrained) -> jax.Array:
     """softmax(q k / sqrt(D)) v under a pattern, in work proportional to what the pattern allows.
 
     Args:
@@ -113,10 +118,12 @@ def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout |
         and sums are float32.
       layout: of the L states; not needed for 'causal' and 'bidirectional'.
       implementation: one of IMPLEMENTATIONS, of patterns with a layout: 'blocked', the fastest on
-        CPUs; 'dense', the whole mask, to compare with.
+        CPUs; 'dense', the whole mask, to compare with; 'pallas' and 'splash', kernels for GPUs and
+        TPUs, see kernels.py; 'auto', what is fastest here.
+      constrain: Context.constrain, by which kernels are divided over a mesh.
 
     Returns:
-      [B, H, L, D] in v's dtype.
+      [B, H, L, D] in v's dtype, which remat policies know as 'attended'.
 
     Raises:
       ValueError: an unknown kind or implementation, or L is not the layout's.
@@ -125,17 +132,23 @@ def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout |
         raise ValueError(f'attention {implementation!r}; choose one of {IMPLEMENTATIONS}')
     length = q.shape[2]
     if kind == 'bidirectional':
-        return _dense(q, k, v, np.ones((length, length), bool))
+        return checkpoint_name(_dense(q, k, v, np.ones((length, length), bool)), 'attended')
     if kind == 'causal':
-        return _dense(q, k, v, np.tri(length, dtype=bool))
+        return checkpoint_name(_dense(q, k, v, np.tri(length, dtype=bool)), 'attended')
     if kind not in PATTERNS:
         raise ValueError(f'attention pattern {kind!r}; choose one of {PATTERNS}')
     if layout is None or length != layout.length:
         raise ValueError(f'attention {kind!r} over {length} states with {layout}; the layout must '
                          'have as many')
+    if implementation == 'auto':
+        implementation = kernels.choose(kind, q.shape, q.dtype, layout, _blocked)
+    if implementation in ('pallas', 'splash'):
+        # They name what they compute themselves, inside of what is differentiated.
+        kernel = functools.partial(getattr(kernels, implementation), kind, layout=layout)
+        return constrain.divide(kernel, ('batch', 'heads', None, None))(q, k, v)
     if implementation == 'dense':
-        return _dense(q, k, v, mask(kind, layout))
-    return _blocked(kind, q, k, v, layout)
+        return checkpoint_name(_dense(q, k, v, mask(kind, layout)), 'attended')
+    return checkpoint_name(_blocked(kind, q, k, v, layout), 'attended')
 
 
 def _blocked(kind, q, k, v, layout):

@@ -30,10 +30,19 @@ class Frozen(NamedTuple):
     params: Any
 
 
-def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """The identity: where no mesh is given, a logical sharding constraint says nothing."""
-    del axes
-    return x
+class Unconstrained:
+    """Context.constrain where there is no mesh: logical axes say nothing."""
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        del axes
+        return x
+
+    def divide(self, function: Callable, axes: tuple[str | None, ...]) -> Callable:
+        del axes
+        return function
+
+
+unconstrained = Unconstrained()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +57,9 @@ class Context:
       frozen: name -> Frozen, such as 'image' for the tokenizer. Params may be traced.
       dtype: what matrix products and convolutions compute in; parameters, the residual stream,
         softmax and losses stay float32.
-      constrain: (array, logical axes) -> array, pins an activation's sharding on the mesh.
+      constrain: (array, logical axes) -> array, pins an activation's sharding on the mesh. Its
+        divide(function, logical axes) -> function runs it on each device's part of such arrays,
+        which is how kernels must be called.
     """
 
     config: Any
@@ -57,4 +68,4 @@ class Context:
     train: bool = False
     frozen: Mapping[str, Frozen] = dataclasses.field(default_factory=dict)
     dtype: Any = jnp.float32
-    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
+    constrain: Any = unconstrained

@@ -174,7 +174,7 @@ def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
     """
     def attend(kind, place, layer, q, k, v):
         del place, layer
-        return attention.attend(kind, q, k, v, config.layout, config.attention), None
+        return attention.attend(kind, q, k, v, config.layout, config.attention, constrain), None
 
     x, _ = run_layers(params, config, x, attend, dtype, remat, constrain)
     return layer_norm(x, params['norm'], config.eps)
@@ -261,8 +261,8 @@ def _layer(params, config, x, attend, dtype, constrain):
     q, k, v = (constrain(part[:, :, :, 0].swapaxes(1, 2), ('batch', 'heads', None, None))
                for part in lax.split(qkv, (1, 1, 1), axis=3))
     out, kept = attend(q, k, v)
-    out = checkpoint_name(out.swapaxes(1, 2).reshape(batch, length, d), 'attended')
-    out = checkpoint_name(dense(out, p['out'], dtype), 'out')
+    out = checkpoint_name(dense(out.swapaxes(1, 2).reshape(batch, length, d), p['out'], dtype),
+                          'out')
     x = constrain(x + out.astype(jnp.float32), ('batch', None, None))
 
     p = params['mlp']

@@ -93,12 +93,28 @@ def shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, abstract, axes)
 
 
-def constrainer(mesh: Mesh) -> Callable:
-    """ctx.constrain for this mesh: pins an activation's sharding by logical axes."""
-    def constrain(x, axes):
+@dataclasses.dataclass(frozen=True)
+class Constrainer:
+    """Context.constrain on this mesh: pins an activation's sharding by logical axes."""
+
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, spec(axes, x.shape, mesh, 'activation')))
-    return constrain
+            x, NamedSharding(self.mesh, spec(axes, x.shape, self.mesh, 'activation')))
+
+    def divide(self, function: Callable, axes: tuple[str | None, ...]) -> Callable:
+        """`function` of arrays that all have these axes, run on each device's part of them."""
+        def run(*arrays):
+            # Inside a shard_map that divides some of the axes already, the others are left.
+            manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+            entries = [RULES.get(axis, ()) if axis else () for axis in axes]
+            entries = [(e,) if isinstance(e, str) else e for e in entries]
+            part = PartitionSpec(*(tuple(a for a in e if a not in manual) for e in entries))
+            return jax.shard_map(function, mesh=None if manual else self.mesh, out_specs=part,
+                                 in_specs=(part,) * len(arrays), check_vma=False,
+                                 axis_names=set(AXES) - manual)(*arrays)
+        return run
 
 
 def like_params(tree: Any, params_shardings: Any, params: Any, mesh: Mesh) -> Any:

@@ -72,7 +72,7 @@ def test_two_devices_train_like_one(name):
     other = TWO if name != 'clip' else lib.make_mesh(lib.MeshConfig(replica=2, fsdp=1))
     for mesh in (lib.make_mesh(lib.MeshConfig(), jax.devices()[:1]), other):
         task = step_lib.Task(model, config, OptimizerConfig(peak_lr=1e-3, schedule='constant'), 1,
-                             jnp.float32, 'threefry2x32', lib.constrainer(mesh))
+                             jnp.float32, 'threefry2x32', lib.Constrainer(mesh))
         abstract = jax.eval_shape(lambda: step_lib.init_state(task, 0))
         placed = lib.like_params(abstract, lib.shardings(model.axes(config), abstract.params, mesh),
                                  abstract.params, mesh)
