@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.models import attention, transformer
-from dalle_jax.models.layers import Declared, Param, contract, init_module, module_axes
+from dalle_jax.models.layers import (
+    Declared, Param, contract, init_module, module_axes, tiled_product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,11 @@ def embed_image(params, ids):
 
 def logits(params, x, kind, dtype):
     """float32 logits [..., V] of one of the two vocabularies from states [B, L, d]."""
-    rows = contract('nd,dv->nv', x.reshape(-1, x.shape[-1]), params['heads'][kind], dtype)
+    kernel, rows = params['heads'][kind], x.reshape(-1, x.shape[-1])
+    if kernel.ndim == 3:
+        rows = tiled_product(rows, kernel, dtype)
+    else:
+        rows = contract('nd,dv->nv', rows, kernel, dtype)
     return rows.reshape(*x.shape[:-1], -1)
 
 

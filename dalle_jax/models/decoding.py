@@ -19,7 +19,7 @@ from jax import lax
 
 from dalle_jax.models import attention
 from dalle_jax.models.attention import Layout, offsets
-from dalle_jax.models.layers import contract, layer_norm
+from dalle_jax.models.layers import contract, layer_norm, tiled
 from dalle_jax.models.transformer import BlockConfig, by_place, run_layers
 
 
@@ -92,6 +92,17 @@ def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, text: Sequence[jax.A
     return (out / total).astype(dtype)
 
 
+def tiled_stack(params: Any, rows: int) -> Any:
+    """A stack's parameters for `step` on a CPU: kernels as `layers.tiled`, for B N rows."""
+    def walk(name, tree):
+        if 'kernel' not in tree:
+            return {key: walk(key, x) if isinstance(x, dict) else x for key, x in tree.items()}
+        kernel = tree['kernel'].swapaxes(-1, -2) if name == 'down' else tree['kernel']
+        return {'tiles': tiled(kernel, rows), 'bias': tree['bias']}
+
+    return walk('', params)
+
+
 def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32
             ) -> tuple[jax.Array, Any]:
     """All layers for the text states [B, T, d], which see nothing but text.
@@ -139,8 +150,9 @@ def prefill_image(params: Any, config: BlockConfig, x: jax.Array, count: int, ca
             a = jnp.moveaxis(a, -3, -5)
             slots = slots[:, None, None]
         written = (slots >= 0)[..., None]
-        return repeated(jnp.where(written.reshape((1,) * (a.ndim - written.ndim) + written.shape),
-                                  a, 0), -3)
+        a = repeated(jnp.where(written.reshape((1,) * (a.ndim - written.ndim) + written.shape),
+                               a, 0), -3)
+        return a.reshape(*a.shape[:-5], *_several(a.shape[-5:-2]), *a.shape[-2:])
 
     def repeated(a, axis):
         return jnp.repeat(jnp.expand_dims(a, axis), candidates, axis)
@@ -151,12 +163,18 @@ def prefill_image(params: Any, config: BlockConfig, x: jax.Array, count: int, ca
             caches)
 
 
+def _several(extents):
+    """Those that are not 1."""
+    return tuple(n for n in extents if n > 1)
+
+
 class Caches(NamedTuple):
     """Keys and values of the image states so far, in trees like `prefill`'s.
 
     Attributes:
       past: all but the last state's: pairs of arrays [B, H, N, S, D] with slots as `cache_address`
-        says, behind an axis of lanes if there are any and, in the body, one of groups.
+        says, behind an axis of lanes if there are any and, in the body, one of groups. Of B, H and
+        N, those that are 1 have no axis: CPUs would take them out in every step, in a copy.
       last: the last state's: pairs of arrays [B, H, N, D], in the body behind an axis of groups.
     """
 
@@ -175,7 +193,7 @@ def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = 
 
     def past(place, kind):
         lanes, slots = cache_shape(kind, config.layout)
-        return pair(place, *lanes, *heads, slots, size)
+        return pair(place, *lanes, *_several(heads), slots, size)
 
     return Caches(by_place(config, past),
                   by_place(config, lambda place, kind: pair(place, *heads, size)))
@@ -204,10 +222,10 @@ def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, te
         lane, slot = cache_address(kind, config.layout, position - 1)
 
         def one(past, last):
-            groups, heads, size = last.shape[:-4], last.shape[-4:-1], last.shape[-1]
+            groups, heads, size = last.shape[:-4], _several(last.shape[-4:-1]), last.shape[-1]
             return lax.dynamic_update_slice(
                 past, last.reshape(*groups, *(1 for _ in lane), *heads, 1, size),
-                (*(0 for _ in groups), *lane, 0, 0, 0, slot, 0))
+                (*(0 for _ in groups), *lane, *(0 for _ in heads), slot, 0))
 
         return tuple(map(one, caches.past[part][name], caches.last[part][name]))
 
@@ -216,9 +234,10 @@ def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, te
     def attend(kind, place, layer, q, k, v):
         part, name = place
         lane, _ = cache_address(kind, config.layout, position)
+        cache = [_at(x, (*layer, *lane)) for x in past[part][name]]
         out = attend_cached(
             q, k, v, [_at(x, layer) for x in text[part][name]],
-            [_at(x, (*layer, *lane)) for x in past[part][name]],
+            [x.reshape(*q.shape[:3], *x.shape[-2:]) for x in cache],
             cache_visible(kind, config.layout, position))
         return out, (k, v)
 

@@ -104,12 +104,42 @@ def _aligned(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def dense(x: jax.Array, params: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """x [..., inputs] @ kernel + bias, computed and returned in `dtype`."""
+def dense(x: jax.Array, params: Mapping[str, jax.Array], dtype: Any, transposed: bool = False
+          ) -> jax.Array:
+    """x [..., inputs] @ kernel + bias, computed and returned in `dtype`.
+
+    Args:
+      params: 'bias' and 'kernel', or instead of it 'tiles' of `tiled`.
+      transposed: whether the kernel is [outputs, inputs].
+    """
     # As one matrix: over several axes, CPUs transpose the operands of the kernel's gradient.
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    rows = rows @ params['kernel'].astype(dtype) + params['bias'].astype(dtype)[None]
-    return rows.reshape(*x.shape[:-1], -1)
+    if 'tiles' in params:
+        rows = tiled_product(rows, params['tiles'], dtype).astype(dtype)
+    else:
+        kernel = params['kernel'].astype(dtype)
+        rows = rows @ (kernel.T if transposed else kernel)
+    return (rows + params['bias'].astype(dtype)[None]).reshape(*x.shape[:-1], -1)
+
+
+def tiled(kernel: jax.Array, rows: int) -> jax.Array:
+    """A kernel [..., inputs, outputs] as CPUs read it fastest, to multiply a few rows many times.
+
+    Returns:
+      [..., n, inputs, outputs / n]: n groups of columns, each in one piece of memory. A product of 2
+      to 8 rows with groups of 64 is 1.2 to 1.7 times as fast as with the kernel, whose columns it
+      would collect anew each time; with more rows, or one, it is no faster, and n is 1.
+    """
+    *lead, inputs, outputs = kernel.shape
+    width = 64 if 2 <= rows <= 8 and outputs % 64 == 0 else outputs
+    return kernel.reshape(*lead, inputs, outputs // width, width).swapaxes(-3, -2)
+
+
+def tiled_product(rows: jax.Array, tiles: jax.Array, dtype: Any) -> jax.Array:
+    """rows [M, inputs] times the kernel of `tiles`: float32 [M, outputs]."""
+    rows = jnp.broadcast_to(rows[None], (len(tiles), *rows.shape))
+    groups = contract('nmi,nio->nmo', rows, tiles, dtype)
+    return groups.swapaxes(0, 1).reshape(rows.shape[1], -1)
 
 
 # Recomputed in the backward pass from x, which is kept anyway, so that no other [..., d] array is;

@@ -12,6 +12,7 @@ from jax import lax
 
 from dalle_jax.models import decoding, losses
 from dalle_jax.models.dalle_network import Config, embed_image, embed_text, logits
+from dalle_jax.models.layers import tiled
 
 
 def filter_logits(logits: jax.Array, temperature: jax.Array | float, top_k: int,
@@ -127,6 +128,10 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
         token = jnp.where(kept, given[:, None], token)
         return (caches, token, logp - losses.cross_entropy(plain, token)), token
 
+    if jax.default_backend() == 'cpu':
+        rows = len(x) * candidates
+        stack = decoding.tiled_stack(stack, rows)
+        params = {'heads': {'image': tiled(params['heads']['image'], rows)}}
     before = given[:, max(first - 1, 0), None]
     start = caches, jnp.broadcast_to(before, (captions, candidates)), logp
     (_, _, logp), drawn = lax.scan(draw, start, (

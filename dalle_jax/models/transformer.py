@@ -269,6 +269,5 @@ def _layer(params, config, x, attend, dtype, constrain):
     h = layer_norm(x, p['norm'], config.eps)
     hidden = checkpoint_name(dense(h, p['up'], dtype), 'up')
     hidden = ACTIVATIONS[config.activation](constrain(hidden, ('batch', None, 'mlp')))
-    down = {'kernel': p['down']['kernel'].T, 'bias': p['down']['bias']}
-    x = x + dense(hidden, down, dtype).astype(jnp.float32)
+    x = x + dense(hidden, p['down'], dtype, transposed=True).astype(jnp.float32)
     return constrain(x, ('batch', None, None)), kept

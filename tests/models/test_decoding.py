@@ -71,10 +71,10 @@ def test_steps_equal_the_forward_pass(depth, patterns):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize('depth', [4, 9])
-def test_no_step_copies_a_cache(depth):
+@pytest.mark.parametrize('depth,batch,candidates', [(4, 2, 3), (9, 2, 3), (4, 1, 1), (9, 1, 3)])
+def test_no_step_copies_a_cache(depth, batch, candidates):
     config = blocks(depth)
-    caches = jax.eval_shape(lambda: decoding.empty_caches(config, 2, 3))
+    caches = jax.eval_shape(lambda: decoding.empty_caches(config, batch, candidates))
     params = parameters(config)
 
     def run(params, x, text):
@@ -83,10 +83,11 @@ def test_no_step_copies_a_cache(depth):
         def body(carry, position):
             x, caches = carry
             return decoding.step(params, config, x, position, prompt, caches), None
-        return jax.lax.scan(body, (x, decoding.empty_caches(config, 2, 3)),
+        return jax.lax.scan(body, (x, decoding.empty_caches(config, batch, candidates)),
                             jnp.arange(LAYOUT.image))[0][0]
 
-    program = jax.jit(run).lower(params, jnp.zeros((2, 3, 8)), jnp.zeros((2, 3, 8))).compile()
+    program = jax.jit(run).lower(params, jnp.zeros((batch, candidates, 8)),
+                                 jnp.zeros((batch, 3, 8))).compile()
     bodies = [part for part in re.split(r'\n(?=\S)', program.as_text())
               if not part.startswith('ENTRY')]
     shapes = {','.join(map(str, x.shape)) for x in jax.tree.leaves(caches.past)}
