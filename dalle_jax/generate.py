@@ -14,17 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from dalle_jax import machine, runs
+from dalle_jax import drawing, machine, runs
 from dalle_jax.data.records import BadRecord
-
-# Images drawn at once where the memory allows it; on a CPU more are no faster.
-MOST_AT_ONCE = {'cpu': 64, 'gpu': 512, 'tpu': 512}
-MEMORY_SHARE = 0.8  # of the free memory: what is counted are the large arrays
-PIXELS_AT_ONCE = 2**19  # of decoded images: enough to keep any device busy
-SCORED_AT_ONCE = 64
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -126,7 +118,7 @@ class Model:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [B, S, S, 3] -> int32 tokens [B, h, w]."""
         run = self._need(self.image_run, 'encode images', 'a dVAE or DALL-E run')
-        return np.asarray(_encode(run.module, run.config, run.params, _checked(images, run.config)))
+        return np.asarray(drawing.encode(run.module, run.config, run.params, _checked(images, run.config)))
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """int32 tokens [B, h, w] -> uint8 images [B, S, S, 3]."""
@@ -135,7 +127,7 @@ class Model:
         if ids.ndim != 3 or ids.min() < 0 or ids.max() >= run.config.vocab:
             raise ValueError(f'tokens of shape {ids.shape} in [{ids.min()}, {ids.max()}]; expected '
                              f'[batch, h, w] with values in [0, {run.config.vocab})')
-        return np.asarray(_decode(run.module, run.config, run.params, ids))
+        return np.asarray(drawing.decode(run.module, run.config, run.params, ids))
 
     def sample(self, captions: Sequence[str], n: int = 1, seed: int = 0, *,
                image: np.ndarray | None = None, rows: int = 0, columns: int = 0, **options
@@ -153,13 +145,23 @@ class Model:
         CLIP's similarity where there is a CLIP run, else DALL-E's log p(image | caption), nats.
         """
         run = self._need(self.clip_run or self._dalle, 'score images', 'a CLIP or DALL-E run')
-        text, images = self._ids(run, captions)[0], np.asarray(images)
-        if len(text) != len(images):
-            raise ValueError(f'{len(text)} captions and {len(images)} images; give one for each')
-        function = _clip_score if run is self.clip_run else _likelihood
-        shown = _checked(images, run.config) if run is self.clip_run else self.encode(images)
-        return _in_batches(functools.partial(function, run.module, run.config, run.params),
-                           SCORED_AT_ONCE, shown, text)
+        images = np.asarray(images)
+        if len(captions) != len(images):
+            raise ValueError(f'{len(captions)} captions and {len(images)} images; give one for '
+                             'each')
+        if run is self.clip_run:
+            return self._similarities(captions, images[:, None])[:, 0]
+        return drawing.in_batches(functools.partial(drawing.likelihood, run.module, run.config, run.params),
+                           self.encode(images), self._ids(run, captions)[0])
+
+    def _similarities(self, captions, images):
+        """CLIP's similarity of captions [C] and images uint8 [C, N, S, S, 3], float32 [C, N]."""
+        run, flat = self.clip_run, images.reshape(-1, *images.shape[2:])
+        of_text, of_image = (
+            drawing.in_batches(functools.partial(function, run.module, run.config, run.params), rows)
+            for function, rows in ((drawing.embed_text, self._ids(run, captions)[0]),
+                                   (drawing.embed_image, _checked(flat, run.config))))
+        return (of_text[:, None] * of_image.reshape(*images.shape[:2], -1)).sum(axis=-1)
 
     def draw(self, captions: Sequence[str], sampling: Sampling, image: np.ndarray | None = None,
              rows: int = 0, columns: int = 0, *, start: int = 0,
@@ -192,7 +194,7 @@ class Model:
         codes = self._prompt(image, rows, columns)
         sampling = self.fit(sampling, len(captions))
         draw = functools.partial(
-            _draw, run.params, self.image_run.params, image=codes,
+            drawing.draw, run.params, self.image_run.params, image=codes,
             temperature=jnp.float32(sampling.temperature), top_p=jnp.float32(sampling.top_p),
             guidance=jnp.float32(sampling.guidance), dalle=run.module, config=run.config,
             tokenizer=self.image_run.module, tokenizer_config=self.image_run.config,
@@ -202,7 +204,7 @@ class Model:
 
     def _drawn(self, draw, captions, text, truncated, sampling, start, progress):
         n, total = sampling.candidates, len(captions)
-        shape = rows, width = batch_shape(sampling.batch, total, n)
+        shape = rows, width = drawing.batch_shape(sampling.batch, total, n)
         for begin in range(start // rows * rows, total, rows):
             chosen = [min(begin + i, total - 1) for i in range(rows)]  # the last batch is padded
             wanted = range(max(start - begin, 0), min(rows, total - begin))
@@ -218,8 +220,7 @@ class Model:
             images, ids, logp = (np.concatenate(part, axis=1)[:, :n] for part in zip(*parts))
             scores = [None] * rows
             if self.clip_run:
-                scores = self.score([captions[c] for c in chosen for _ in range(n)],
-                                    images.reshape(-1, *images.shape[2:])).reshape(rows, n)
+                scores = self._similarities([captions[c] for c in chosen], images)
             for row in wanted:
                 yield Drawn(captions[begin + row], images[row], ids[row], logp[row],
                             float(logp_text[row]), scores[row], bool(truncated[begin + row]), shape)
@@ -232,26 +233,8 @@ class Model:
         if sampling.batch:
             return sampling
         run = self._need(self._dalle, 'sample', 'a DALL-E run')
-        n = sampling.candidates
-        most = MOST_AT_ONCE[jax.default_backend()]
-        free = MEMORY_SHARE * machine.memory()
-        decoded = _decoding_bytes(self.image_run, most)
-
-        def needed(batch):
-            return decoded + run.module.sample_bytes(
-                run.config, *batch_shape(batch, captions, n), self.dtype, sampling.guidance != 1)
-
-        batch = most
-        while batch > 1 and needed(batch) > free:
-            batch //= 2
-        if n > batch:
-            width = batch_shape(batch, captions, n)[1]
-            why = f'more than {most} at once are no faster'
-            if batch < most:
-                why = (f'memory: all at once take {needed(n) / 2**30:.1f} GiB, and '
-                       f'{free / 2**30:.1f} can be used')
-            runs.say(f'{n} candidates of a caption in {-(-n // width)} batches of {width}: {why}')
-        return dataclasses.replace(sampling, batch=batch)
+        return dataclasses.replace(sampling, batch=drawing.images_at_once(
+            run, self.image_run, captions, sampling.candidates, self.dtype, sampling.guidance != 1))
 
     def _prompt(self, image, rows, columns):
         """Codes int32 [R, C] of an image prompt, or None without one."""
@@ -312,83 +295,6 @@ def _load(path):
     """A run whose parameters are on the device, where every batch finds them."""
     run = runs.load(path)
     return run._replace(params=jax.device_put(run.params))
-
-
-def batch_shape(batch: int, captions: int, candidates: int) -> tuple[int, int]:
-    """(captions, candidates) of a batch of at most `batch` images, all batches filled alike."""
-    if candidates > batch:
-        return 1, -(-candidates // -(-candidates // batch))
-    batches = -(-captions // (batch // candidates))
-    return -(-captions // batches), candidates
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Float images in [0, 1] as uint8, rounded."""
-    return jnp.round(images * 255).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnames=(
-    'dalle', 'config', 'tokenizer', 'tokenizer_config', 'dtype', 'top_k', 'nucleus', 'guided',
-    'keep'))
-def _draw(params, tokenizer_params, text, keys, *, image, temperature, top_p, guidance, dalle,
-          config, tokenizer, tokenizer_config, dtype, top_k, nucleus, guided, keep):
-    """Prefill, the image tokens and the decoder in one program."""
-    if image is not None:
-        image = jnp.broadcast_to(image, (len(text), *image.shape))
-    ids, logp = dalle.generate(
-        params, config, text, keys=keys, temperature=temperature, top_k=top_k,
-        top_p=top_p if nucleus else 1.0, guidance=guidance if guided else 1.0, image=image,
-        keep=keep, dtype=dtype)
-    flat = ids.reshape(-1, *ids.shape[2:])
-    size = _decoded_at_once(tokenizer_config, len(flat))
-    padded = jnp.pad(flat, ((0, -len(flat) % size), (0, 0), (0, 0)))
-    images = lax.map(lambda part: to_uint8(tokenizer.decode(tokenizer_params, tokenizer_config,
-                                                            part)),
-                     padded.reshape(-1, size, *flat.shape[1:]))
-    images = images.reshape(-1, *images.shape[2:])[:len(flat)]
-    return (images.reshape(*ids.shape[:2], *images.shape[1:]), ids, logp,
-            dalle.text_likelihood(params, config, text, dtype))
-
-
-def _decoded_at_once(config, images):
-    return max(1, min(images, PIXELS_AT_ONCE // config.image_size ** 2))
-
-
-def _decoding_bytes(run, images):
-    """Estimated memory of decoding: four of the decoder's largest activations."""
-    ids = jnp.zeros((_decoded_at_once(run.config, images), *run.config.grid), jnp.int32)
-    program = jax.make_jaxpr(lambda params, ids: run.module.decode(params, run.config, ids))
-    return 4 * max(x.aval.size * x.aval.dtype.itemsize
-                   for equation in program(run.params, ids).eqns for x in equation.outvars)
-
-
-def _in_batches(function, size, *arrays):
-    """function(*arrays) on rows [B, ...], in equal parts of at most `size`, the last one padded."""
-    count = len(arrays[0])
-    size = -(-count // -(-count // size))
-    rows = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
-    return np.concatenate(jax.device_get(
-        [function(*(array[part] for array in arrays)) for part in rows]))[:count]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(module, config, params, images):
-    return module.encode(params, config, images)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(module, config, params, ids):
-    return to_uint8(module.decode(params, config, ids))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _clip_score(module, config, params, images, text):
-    return module.score(params, config, images, text)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _likelihood(module, config, params, ids, text):
-    return module.likelihood(params, config, text, ids)[1]
 
 
 def _checked(images, config):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalle_jax import generate, runs
+from dalle_jax import drawing, generate, runs
 from dalle_jax.data.text import Tokenizer
 from dalle_jax.generate import Sampling
 from dalle_jax.models import clip, dalle, dvae
@@ -139,7 +139,7 @@ def test_an_image_prompt_keeps_its_tokens_and_the_seed_draws_the_rest(model, row
 
 
 def test_pictures_decoded_in_parts_are_the_decoded_tokens(model, monkeypatch):
-    monkeypatch.setattr(generate, 'PIXELS_AT_ONCE', 2 * 16 * 16)
+    monkeypatch.setitem(drawing.PIXELS_AT_ONCE, 'cpu', 2 * 16 * 16)
     drawn = model.sample(CAPTIONS[:1], 5)[0]
     np.testing.assert_array_equal(drawn.images, model.decode(drawn.ids))
 
@@ -147,7 +147,7 @@ def test_pictures_decoded_in_parts_are_the_decoded_tokens(model, monkeypatch):
 def test_scores_in_parts_are_those_of_single_pairs(model, eight, monkeypatch):
     whole = model.score(CAPTIONS, np.stack([drawn.images[0] for drawn in eight]))
     np.testing.assert_allclose(whole, [drawn.scores[0] for drawn in eight], atol=1e-4)
-    monkeypatch.setattr(generate, 'SCORED_AT_ONCE', 2)
+    monkeypatch.setattr(drawing, 'ROWS_AT_ONCE', 2)
     parts = model.score(CAPTIONS, np.stack([drawn.images[0] for drawn in eight]))
     np.testing.assert_allclose(parts, whole, atol=1e-4)
     assert len(parts) == 5
@@ -157,7 +157,7 @@ def test_scores_in_parts_are_those_of_single_pairs(model, eight, monkeypatch):
 
 @given(batch=st.integers(1, 600), captions=st.integers(1, 50), candidates=st.integers(1, 600))
 def test_batches_are_as_few_and_as_full_as_they_can_be(batch, captions, candidates):
-    rows, width = generate.batch_shape(batch, captions, candidates)
+    rows, width = drawing.batch_shape(batch, captions, candidates)
     assert rows * width <= batch and rows <= captions and width <= candidates
     assert width == candidates or rows == 1
     parts, groups = math.ceil(candidates / width), math.ceil(captions / rows)
@@ -169,7 +169,7 @@ def test_batches_are_as_few_and_as_full_as_they_can_be(batch, captions, candidat
 
 def test_candidates_that_do_not_fit_are_split_and_told(model, monkeypatch, capsys):
     def fit(free, **options):
-        monkeypatch.setattr(generate.machine, 'memory', lambda: free)
+        monkeypatch.setattr(drawing.machine, 'memory', lambda: free)
         return model.fit(Sampling(**options), captions=1).batch
 
     assert fit(2**40, candidates=8) == 64 and not capsys.readouterr().out
@@ -178,11 +178,12 @@ def test_candidates_that_do_not_fit_are_split_and_told(model, monkeypatch, capsy
     told = capsys.readouterr().out
     assert '512 candidates of a caption in 8 batches of 64: more than 64 at once are no' in told
 
-    need = {batch: dalle.sample_bytes(model.run.config, 1, batch, model.dtype, False)
-            for batch in (16, 32)}
-    decoding = generate._decoding_bytes(model.image_run, 64)
-    free = (decoding + need[16] + 1) / generate.MEMORY_SHARE
-    assert need[16] < need[32] and fit(int(free), candidates=50) == 16
+    # 50 candidates in at most 16 at once are 4 times 13; in at most 32 they would be twice 25.
+    weights = 4 * sum(x.size for x in jax.tree.leaves(model.run.params))
+    need = [weights + drawing.decoding_bytes(model.image_run, n)
+            + dalle.sample_bytes(model.run.config, 1, n, model.dtype, False) for n in (13, 25)]
+    free = (need[0] + 1) / drawing.MEMORY_SHARE
+    assert need[0] < need[1] and fit(int(free), candidates=50) == 16
     assert '50 candidates of a caption in 4 batches of 13: memory' in capsys.readouterr().out
     assert fit(int(free), candidates=50, guidance=2.0) < 16  # two branches
     batches = [fit(free, candidates=64) for free in range(0, 2**25, 2**21)]
@@ -192,9 +193,9 @@ def test_candidates_that_do_not_fit_are_split_and_told(model, monkeypatch, capsy
 
 def test_decoding_bytes_cover_the_largest_activation(model):
     """At 16 px a group of 8 channels at 8 x 8, upsampled from 16 channels at 4 x 4."""
-    one = generate._decoding_bytes(model.image_run, 1)
+    one = drawing.decoding_bytes(model.image_run, 1)
     assert one >= 4 * 4 * 16 * 8 * 8
-    assert generate._decoding_bytes(model.image_run, 10) == 10 * one
+    assert drawing.decoding_bytes(model.image_run, 10) == 10 * one
 
 
 def test_what_a_run_cannot_draw_is_refused_at_once(model):
