@@ -118,7 +118,8 @@ class Model:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [B, S, S, 3] -> int32 tokens [B, h, w]."""
         run = self._need(self.image_run, 'encode images', 'a dVAE or DALL-E run')
-        return np.asarray(drawing.encode(run.module, run.config, run.params, _checked(images, run.config)))
+        return np.asarray(drawing.encode(run.module, run.config, run.params,
+                                         _checked(images, run.config)))
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """int32 tokens [B, h, w] -> uint8 images [B, S, S, 3]."""
@@ -151,16 +152,17 @@ class Model:
                              'each')
         if run is self.clip_run:
             return self._similarities(captions, images[:, None])[:, 0]
-        return drawing.in_batches(functools.partial(drawing.likelihood, run.module, run.config, run.params),
-                           self.encode(images), self._ids(run, captions)[0])
+        likelihood = functools.partial(drawing.likelihood, run.module, run.config, run.params)
+        return drawing.in_batches(likelihood, self.encode(images), self._ids(run, captions)[0])
 
     def _similarities(self, captions, images):
         """CLIP's similarity of captions [C] and images uint8 [C, N, S, S, 3], float32 [C, N]."""
-        run, flat = self.clip_run, images.reshape(-1, *images.shape[2:])
+        run = self.clip_run
+        text, shown = self._ids(run, captions)[0], images.reshape(-1, *images.shape[2:])
         of_text, of_image = (
-            drawing.in_batches(functools.partial(function, run.module, run.config, run.params), rows)
-            for function, rows in ((drawing.embed_text, self._ids(run, captions)[0]),
-                                   (drawing.embed_image, _checked(flat, run.config))))
+            drawing.in_batches(functools.partial(embed, run.module, run.config, run.params), rows)
+            for embed, rows in ((drawing.embed_text, text),
+                                (drawing.embed_image, _checked(shown, run.config))))
         return (of_text[:, None] * of_image.reshape(*images.shape[:2], -1)).sum(axis=-1)
 
     def draw(self, captions: Sequence[str], sampling: Sampling, image: np.ndarray | None = None,
