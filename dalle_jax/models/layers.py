@@ -126,9 +126,9 @@ def tiled(kernel: jax.Array, rows: int) -> jax.Array:
     """A kernel [..., inputs, outputs] as CPUs read it fastest, to multiply a few rows many times.
 
     Returns:
-      [..., n, inputs, outputs / n]: n groups of columns, each in one piece of memory. A product of 2
-      to 8 rows with groups of 64 is 1.2 to 1.7 times as fast as with the kernel, whose columns it
-      would collect anew each time; with more rows, or one, it is no faster, and n is 1.
+      [..., n, inputs, outputs / n]: n groups of columns, each in one piece of memory. A product of
+      2 to 8 rows with groups of 64 is 1.2 to 1.7 times as fast as with the kernel, whose columns
+      it would collect anew each time; with more rows, or one, it is no faster, and n is 1.
     """
     *lead, inputs, outputs = kernel.shape
     width = 64 if 2 <= rows <= 8 and outputs % 64 == 0 else outputs

@@ -237,3 +237,12 @@ def test_attention_maps():
     alone = jax.jit(lambda p, x: transformer.attention_maps(p, first, x))(
         {'tail': {'0': unstacked(params, config)[0]}, 'norm': params['norm']}, x)
     np.testing.assert_allclose(maps['row'], alone['row'], atol=1e-6)
+
+
+def test_gradient_of_quick_gelu():
+    """That of x sigmoid(1.702 x), in both directions far out, too."""
+    x = np.concatenate([np.linspace(-12, 12, 401), [-1e4, -300, 300, 1e4]])
+    s = 1 / (1 + np.exp(-1.702 * x.clip(-300, None)))
+    got = jax.vmap(jax.grad(transformer.quick_gelu))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, s + 1.702 * x * s * (1 - s), atol=3e-6)
+    assert np.isfinite(jax.grad(transformer.quick_gelu)(jnp.float16(60000)))
