@@ -6,12 +6,16 @@ Ramesh et al. 2021, sec. 2.2 and app. B.
 
 Variants:
   12b      64 layers, d 3968, 62 heads: the paper's model and recipe (batch 1024, 430,000 updates,
-           1024 V100 in the paper). path=DIR is a folder of images with captions, or with
-           source=tfds a prepared TFDS directory; dvae=RUN names the trained tokenizer.
+           1024 V100 in the paper). path=DIR is a folder of images with captions, with
+           source=tfds a prepared TFDS directory, or with source=tokens what
+           `python -m dalle_jax.encode` wrote; dvae=RUN names the trained tokenizer.
   5.6b, 2.8b, 1.4b, 1.3b, 0.7b, large, base, small, tiny    the family at other sizes.
   scenes   d 128, 4 layers on captioned scenes; about five minutes on 2 CPU
            cores. Expected: 0.42 nats per image token on new combinations.
   folder   a folder of your own images and captions (path=DIR) with the small recipe.
+
+--config.arch.caption_dropout=0.1 trains without the caption now and then, for `sample --guidance`.
+--config.arch.attention and arch.remat choose kernels and what the backward pass recomputes.
 """
 
 from experiments import common
