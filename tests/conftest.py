@@ -12,3 +12,10 @@ import jax  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+LONGEST = ('test_end_to_end.py', 'test_train.py', 'test_experiments.py')
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long begin first, so that the processes end together."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

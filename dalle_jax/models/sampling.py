@@ -108,6 +108,10 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
     else:
         caches = decoding.empty_caches(blocks, len(x), candidates, dtype)
         _, prompt = decoding.prefill(stack, blocks, x, dtype=dtype)
+    if jax.default_backend() == 'cpu':
+        rows = len(x) * candidates
+        stack = decoding.tiled_stack(stack, rows)
+        params = {'heads': {'image': tiled(params['heads']['image'], rows)}}
 
     def draw(carry, scanned):
         caches, previous, logp = carry
@@ -128,10 +132,6 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
         token = jnp.where(kept, given[:, None], token)
         return (caches, token, logp - losses.cross_entropy(plain, token)), token
 
-    if jax.default_backend() == 'cpu':
-        rows = len(x) * candidates
-        stack = decoding.tiled_stack(stack, rows)
-        params = {'heads': {'image': tiled(params['heads']['image'], rows)}}
     before = given[:, max(first - 1, 0), None]
     start = caches, jnp.broadcast_to(before, (captions, candidates)), logp
     (_, _, logp), drawn = lax.scan(draw, start, (
