@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dalle_jax.models import attention
+from dalle_jax.models import attention, scaling
 from dalle_jax.models.attention import PATTERNS, Layout
 from dalle_jax.models.context import unconstrained
 from dalle_jax.models.layers import (
@@ -172,7 +172,8 @@ def declare(config: BlockConfig) -> dict[str, Any]:
 
 
 def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32,
-            remat: str = 'none', constrain: Callable = unconstrained) -> jax.Array:
+            remat: str = 'none', constrain: Callable = unconstrained, scales: Any = None
+            ) -> jax.Array:
     """All layers and the final layernorm.
 
     Args:
@@ -183,6 +184,7 @@ def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
         of the matrix products; 'all-but-mlp': the hidden units of the MLP too; 'full': each layer
         from its input.
       constrain: Context.constrain.
+      scales: gradient scales of the branches, like `branches`, or None.
 
     Returns:
       float32 [B, L, d].
@@ -191,7 +193,7 @@ def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
         del place, layer
         return attention.attend(kind, q, k, v, config.layout, config.attention, constrain), None
 
-    x, _ = run_layers(params, config, x, attend, dtype, remat, constrain)
+    x, _ = run_layers(params, config, x, attend, dtype, remat, constrain, scales)
     return layer_norm(x, params['norm'], config.eps)
 
 
@@ -228,7 +230,17 @@ def by_place(config, function):
     return {'body': part('body', config.patterns[:PERIOD]), **tail} if config.groups else tail
 
 
-def run_layers(params, config, x, attend, dtype, remat='none', constrain=unconstrained):
+def branches(config: BlockConfig, function: Callable) -> dict[str, Any]:
+    """A tree of function(shape) of the stack's branches: two a layer, in the body stacked."""
+    def layer(place, kind):
+        del kind
+        shape = (config.groups,) if place[0] == 'body' else ()
+        return {'attention': function(shape), 'mlp': function(shape)}
+    return by_place(config, layer)
+
+
+def run_layers(params, config, x, attend, dtype, remat='none', constrain=unconstrained,
+               scales=None):
     """All layers.
 
     Args:
@@ -240,9 +252,9 @@ def run_layers(params, config, x, attend, dtype, remat='none', constrain=unconst
       x, and what the layers kept, in the body stacked: {'body': {'0'..'3'}, 'tail': {'0'..}}.
     """
     def runner(place, kind):
-        def run(layer_params, layer, x):
-            return _layer(layer_params, config, x, functools.partial(attend, kind, place, layer),
-                          dtype, constrain)
+        def run(layer_params, layer_scales, layer, x):
+            return _layer(layer_params, layer_scales, config, x,
+                          functools.partial(attend, kind, place, layer), dtype, constrain)
 
         if remat == 'none':
             return run
@@ -250,26 +262,29 @@ def run_layers(params, config, x, attend, dtype, remat='none', constrain=unconst
         return jax.checkpoint(run, policy=REMAT[remat], prevent_cse=place[0] == 'tail')
 
     def group(x, scanned):
-        group_params, index = scanned
+        group_params, group_scales, index = scanned
         kept = {}
         for name, run in runners['body'].items():
-            x, kept[name] = run(group_params[name], (index,), x)
+            x, kept[name] = run(group_params[name], group_scales[name], (index,), x)
         return x, kept
 
     runners = by_place(config, runner)
+    scales = scales or branches(config, lambda shape: None)
     x, kept = constrain(x, ('batch', None, None)), {'tail': {}}
     if config.groups:
-        x, kept['body'] = lax.scan(group, x, (params['body'], jnp.arange(config.groups)))
+        x, kept['body'] = lax.scan(
+            group, x, (params['body'], scales['body'], jnp.arange(config.groups)))
     for name, run in runners['tail'].items():
-        x, kept['tail'][name] = run(params['tail'][name], (), x)
+        x, kept['tail'][name] = run(params['tail'][name], scales['tail'][name], (), x)
     return x, kept
 
 
-def _layer(params, config, x, attend, dtype, constrain):
+def _layer(params, scales, config, x, attend, dtype, constrain):
     """One layer on the residual stream [B, L, d], float32."""
     batch, length, d = x.shape
-    p = params['attention']
-    h = layer_norm(x, p['norm'], config.eps)
+    scale = scales['attention']
+    p = scaling.parameters(params['attention'], scale)
+    h = layer_norm(scaling.enter(x, scale), p['norm'], config.eps)
     qkv = checkpoint_name(dense(h, p['qkv'], dtype), 'qkv')
     qkv = qkv.reshape(batch, length, config.heads, 3, d // config.heads)
     # A split, because its gradient is a concatenation: slices would be padded and added.
@@ -278,11 +293,12 @@ def _layer(params, config, x, attend, dtype, constrain):
     out, kept = attend(q, k, v)
     out = checkpoint_name(dense(out.swapaxes(1, 2).reshape(batch, length, d), p['out'], dtype),
                           'out')
-    x = constrain(x + out.astype(jnp.float32), ('batch', None, None))
+    x = constrain(x + scaling.leave(out, scale), ('batch', None, None))
 
-    p = params['mlp']
-    h = layer_norm(x, p['norm'], config.eps)
+    scale = scales['mlp']
+    p = scaling.parameters(params['mlp'], scale)
+    h = layer_norm(scaling.enter(x, scale), p['norm'], config.eps)
     hidden = checkpoint_name(dense(h, p['up'], dtype), 'up')
     hidden = ACTIVATIONS[config.activation](constrain(hidden, ('batch', None, 'mlp')))
-    x = x + dense(hidden, p['down'], dtype, transposed=True).astype(jnp.float32)
+    x = x + scaling.leave(dense(hidden, p['down'], dtype, transposed=True), scale)
     return constrain(x, ('batch', None, None)), kept
