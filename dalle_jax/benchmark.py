@@ -22,7 +22,7 @@ from absl import app, flags, logging
 
 from dalle_jax import machine
 from dalle_jax.measure import Case, measure, table
-from dalle_jax.models import attention, dalle, dalle_network, dvae, transformer
+from dalle_jax.models import attention, dalle, dalle_network, dvae, patterns, transformer
 from dalle_jax.training import partition, step as step_lib
 from dalle_jax.training.optimizer import OptimizerConfig
 
@@ -166,7 +166,7 @@ def _attention(bench):
             return out, *pull(cotangent)
         return jax.jit(function)
 
-    for pattern in sorted(set(config.blocks.patterns), key=attention.PATTERNS.index):
+    for pattern in sorted(set(config.blocks.patterns), key=patterns.PATTERNS.index):
         with jax.default_matmul_precision('highest'):
             right = both(pattern, 'dense')(*exact)
 
@@ -176,7 +176,7 @@ def _attention(bench):
                      for a, b in zip(compiled(*inputs), right)]
             return {'max_relative_error': float(max(found))}
 
-        pairs = attention.visible_pairs(pattern, layout)
+        pairs = patterns.visible_pairs(pattern, layout)
         yield f'attention/{pattern}', [
             Case(implementation, functools.partial(both(pattern, implementation).lower, *inputs),
                  lambda compiled: compiled(*inputs), batch, 3 * 4 * batch * config.width * pairs,
@@ -275,7 +275,7 @@ def token_bytes(params: Any, config: dalle.Config, captions: int, candidates: in
     weights = sum(x.size for x in jax.tree.leaves(
         (params['transformer'], params['heads']['image'])))
     with_text = layout.text * (layout.text + 1) // 2 + image * layout.text
-    seen = sum(attention.visible_pairs(pattern, layout) - with_text
+    seen = sum(patterns.visible_pairs(pattern, layout) - with_text
                for pattern in config.blocks.patterns) / image
     states = captions * (config.depth * layout.text + candidates * seen)
     return jnp.dtype(dtype).itemsize * (weights + 2 * config.width * states)

@@ -124,13 +124,6 @@ def matmul_rate(dtype: Any, size: int | None = None, repeats: int = 3,
     return probe.work / statistics.median(timed([probe.run], repeats, clock)[0])
 
 
-def copy_rate(size: int | None = None, repeats: int = 3,
-              clock: Callable[[], float] = time.perf_counter) -> float:
-    """Bytes/s of one device, read and written together, the median of `repeats`."""
-    probe = copy(size)
-    return probe.work / statistics.median(timed([probe.run], repeats, clock)[0])
-
-
 def devices() -> int:
     """How many times the rate of one device is there: the devices of a CPU share its cores."""
     return jax.process_count() if jax.default_backend() == 'cpu' else jax.device_count()

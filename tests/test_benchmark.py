@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from dalle_jax import benchmark, config as config_lib, machine, measure
-from dalle_jax.models import attention, dalle, dvae
+from dalle_jax.models import dalle, dvae, patterns
 from dalle_jax.training.optimizer import OptimizerConfig
 
 TINY = benchmark.Preset(
@@ -162,7 +162,7 @@ def test_attention_and_training(tmp_path, capsys):
     assert set(found) == {'attention/conv', 'train'}
     blocked, dense = (found['attention/conv'][kind] for kind in ('blocked', 'dense'))
     assert dense['max_relative_error'] < 1e-6 and 0 < blocked['max_relative_error'] < 1e-5
-    pairs = attention.mask('conv', TINY.dalle.blocks.layout).sum()
+    pairs = patterns.mask('conv', TINY.dalle.blocks.layout).sum()
     assert blocked['model_tflops'] * blocked['seconds_median'] == pytest.approx(
         3 * 2 * 2 * 2 * 16 * pairs / 1e12)
     # The optimiser's arrays: parameters, their average and two moments pass through a step.
@@ -205,7 +205,7 @@ def test_bytes_of_a_token():
     config = dataclasses.replace(TINY.dalle, depth=2)
     layout = config.blocks.layout
     params = jax.eval_shape(lambda: dalle.init(config, jax.random.key(0))[0])
-    images = [attention.mask(kind, layout)[4:, 4:].sum() / 9 for kind in config.blocks.patterns]
+    images = [patterns.mask(kind, layout)[4:, 4:].sum() / 9 for kind in config.blocks.patterns]
     # Of a layer: matrices, biases of 3 d + d + 4 d + d and two layernorms; one behind the last.
     weights = 2 * (12 * 16 * 16 + 9 * 16 + 4 * 16) + 2 * 16 + 16 * 7
     expected = 2 * (weights + 2 * 16 * (5 * 2 * 4 + 5 * 3 * sum(images)))

@@ -1,22 +1,12 @@
 """Causal attention over text and image states with the sparse patterns of DALL-E.
 
-Ramesh et al. 2021, app. B.1 and fig. 11. The states of a sequence are `text` text states followed
-by rows x columns image states in raster order. Text attends causally to text and never to the
-image; an image state attends to all of the text and to some of the image, by the layer's pattern:
-
-    'row'      the previous `columns` states in raster order and itself, across row borders
-    'column'   its own column, down to its own row
-    'conv'     a causal kernel x kernel window that wraps around as the row pattern does
-    'causal'   everything before it and itself (also for plain sequences, without a Layout)
-
-`offsets` and `mask` are the definition and the oracle. `attend` computes the same in dense blocks,
-touching little more than what a pattern allows.
+Ramesh et al. 2021, app. B.1; the patterns are those of patterns.py. `attend` computes them in dense
+blocks, touching little more than what a pattern allows, or by other means.
 
 B batch, H heads, D head size, L = T + I states, T text, I image; R rows, C columns; q query, k key;
 n blocks.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -29,82 +19,12 @@ from jax.ad_checkpoint import checkpoint_name
 from dalle_jax.models import kernels
 from dalle_jax.models.context import unconstrained
 from dalle_jax.models.layers import contract
+from dalle_jax.models.patterns import PATTERNS, Layout, mask, transposed, visible, window_reach
 
-PATTERNS = ('row', 'column', 'conv', 'causal')
 IMPLEMENTATIONS = ('auto', 'blocked', 'dense', 'pallas', 'splash')
 
 # Instead of -inf, whose differences are NaN; scores are float32 whatever the inputs are.
 MASKED = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The states of a sequence.
-
-    Attributes:
-      text: T, at least 1 (a start-of-text state).
-      rows, columns: of the image grid.
-      kernel: odd side of the 'conv' window; it may exceed the grid.
-    """
-
-    text: int
-    rows: int
-    columns: int
-    kernel: int = 11
-
-    def __post_init__(self):
-        for name in ('text', 'rows', 'columns', 'kernel'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'layout: {name}={getattr(self, name)} must be at least 1')
-        if self.kernel % 2 == 0:
-            raise ValueError(f'layout: kernel={self.kernel} must be odd, to have a middle')
-
-    @property
-    def image(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def length(self) -> int:
-        return self.text + self.image
-
-
-def offsets(kind: str, layout: Layout) -> np.ndarray:
-    """The pattern among image states: an image query sees the key `offset` states before it.
-
-    Returns:
-      sorted distinct int offsets >= 0; those that reach before the first image state see nothing.
-    """
-    rows, columns, half = layout.rows, layout.columns, layout.kernel // 2
-    if kind == 'row':
-        found = range(columns + 1)
-    elif kind == 'column':
-        found = range(0, rows * columns, columns)
-    elif kind == 'conv':
-        # Whole kernel rows, and what the right-hand half of the row above them leaves when the
-        # window wraps around at the left edge (fig. 11d).
-        found = [above * columns + shift for above in range(half + 1)
-                 for shift in range(-half, half + 1)]
-        found += [(half + 1) * columns - shift for shift in range(1, half + 1)]
-    elif kind == 'causal':
-        found = range(layout.image)
-    else:
-        raise ValueError(f'attention pattern {kind!r}; choose one of {PATTERNS}')
-    return np.unique([offset for offset in found if offset >= 0])
-
-
-def mask(kind: str, layout: Layout) -> np.ndarray:
-    """Which query (row) sees which key (column): bool [L, L]."""
-    text, state = layout.text, np.arange(layout.length)
-    query, key = state[:, None], state[None, :]
-    both_image = (query >= text) & (key >= text)
-    return np.where(both_image, np.isin(query - key, offsets(kind, layout)),
-                    (key < text) & (key <= query))
-
-
-def visible_pairs(kind: str, layout: Layout) -> int:
-    """How many pairs of a query and a key a pattern allows: the ones of `mask`."""
-    image = int(np.maximum(layout.image - offsets(kind, layout), 0).sum())
-    return layout.text * (layout.text + 1) // 2 + layout.image * layout.text + image
 
 
 def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout | None = None,
@@ -131,12 +51,12 @@ def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout |
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'attention {implementation!r}; choose one of {IMPLEMENTATIONS}')
     length = q.shape[2]
-    if kind == 'bidirectional':
-        return checkpoint_name(_dense(q, k, v, np.ones((length, length), bool)), 'attended')
-    if kind == 'causal':
-        return checkpoint_name(_dense(q, k, v, np.tri(length, dtype=bool)), 'attended')
-    if kind not in PATTERNS:
+    if kind not in (*PATTERNS, 'bidirectional'):
         raise ValueError(f'attention pattern {kind!r}; choose one of {PATTERNS}')
+    if kind in ('bidirectional', 'causal'):
+        every = np.ones((length, length), bool)
+        out = _dense(q, k, v, np.tril(every) if kind == 'causal' else every)
+        return checkpoint_name(out, 'attended')
     if layout is None or length != layout.length:
         raise ValueError(f'attention {kind!r} over {length} states with {layout}; the layout must '
                          'have as many')
@@ -146,9 +66,9 @@ def attend(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout |
         # They name what they compute themselves, inside of what is differentiated.
         kernel = functools.partial(getattr(kernels, implementation), kind, layout=layout)
         return constrain.divide(kernel, ('batch', 'heads', None, None))(q, k, v)
-    if implementation == 'dense':
-        return checkpoint_name(_dense(q, k, v, mask(kind, layout)), 'attended')
-    return checkpoint_name(_blocked(kind, q, k, v, layout), 'attended')
+    out = (_dense(q, k, v, mask(kind, layout)) if implementation == 'dense'
+           else _blocked(kind, q, k, v, layout))
+    return checkpoint_name(out, 'attended')
 
 
 def _blocked(kind, q, k, v, layout):
@@ -187,7 +107,7 @@ def _image(kind, q, k, v, k_text, v_text, layout):
     batch, heads, states, size = q.shape
     block, reach, allowed = _blocks(kind, layout)
     if kind == 'column':
-        q, k, v = (_transposed(x, layout.rows, layout.columns) for x in (q, k, v))
+        q, k, v = (transposed(x, layout.rows, layout.columns) for x in (q, k, v))
     by_block = (batch, heads, states // block, block)
     k, v = (_windows(x.reshape(*by_block, size), reach) for x in (k, v))
 
@@ -203,7 +123,7 @@ def _image(kind, q, k, v, k_text, v_text, layout):
     out = contract('bhqk,bhkd->bhqd', text, v_text, dtype)
     out += contract('bhnqk,bhnkd->bhnqd', local, v, dtype).reshape(q.shape)
     out = (out / total[..., None]).astype(dtype)
-    return _transposed(out, layout.columns, layout.rows) if kind == 'column' else out
+    return transposed(out, layout.columns, layout.rows) if kind == 'column' else out
 
 
 def _blocks(kind: str, layout: Layout) -> tuple[int, int, np.ndarray]:
@@ -216,10 +136,9 @@ def _blocks(kind: str, layout: Layout) -> tuple[int, int, np.ndarray]:
       reach: keys before the block.
       allowed: bool [n, block, reach + block].
     """
-    half = layout.kernel // 2
     line = layout.rows if kind == 'column' else layout.columns
     lines = layout.image // line
-    furthest = half * line + max(line - 1, half)  # of 'conv'; the second where it exceeds the grid
+    furthest = window_reach(layout)  # of 'conv'
     reach = {'row': line, 'column': 0, 'conv': furthest + -furthest % line}[kind]
     wanted = max(16, reach // 2)
     block = next(line * n for n in range(1, lines + 1)
@@ -229,15 +148,9 @@ def _blocks(kind: str, layout: Layout) -> tuple[int, int, np.ndarray]:
     start = np.arange(0, layout.image, block)[:, None, None]
     query = start + np.arange(block)[:, None]
     key = start + np.arange(-reach, block)
-    behind = query - key
-    if kind == 'row':
-        allowed = behind <= line
-    elif kind == 'column':
-        allowed = query // line == key // line
-    else:
-        # Within `half` of a multiple of a row, and then what the last such multiple wraps to.
-        allowed = (behind <= furthest) & ((behind + half) % line <= 2 * half)
-    return block, reach, allowed & (behind >= 0) & (key >= 0)
+    # Keys before the image stand where there is text or nothing, which is not for this part.
+    allowed = visible(kind, layout, layout.text + query, layout.text + key) & (key >= 0)
+    return block, reach, allowed
 
 
 def _windows(blocks: jax.Array, reach: int) -> jax.Array:
@@ -249,9 +162,3 @@ def _windows(blocks: jax.Array, reach: int) -> jax.Array:
         missing = min(block, reach - (back - 1) * block)
         pieces.insert(0, earlier[:, :, :, block - missing:])
     return jnp.concatenate(pieces, axis=3)
-
-
-def _transposed(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Image states [B, H, I, D] of a rows x columns grid in the order of the transposed grid."""
-    batch, heads, _, size = x.shape
-    return x.reshape(batch, heads, rows, columns, size).swapaxes(2, 3).reshape(x.shape)

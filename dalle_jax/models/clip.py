@@ -150,19 +150,18 @@ def batch_spec(config: Config, frozen: Mapping[str, Any] | None = None
 
 
 def flops(config: Config) -> int:
-    """Model FLOPs of one pair, forward: both towers, not the comparisons with the rest of a batch.
+    """Model FLOPs of one pair, forward: both towers; see transformer.flops.
 
-    Multiplications and additions of the matrix products and of the visible pairs of attention.
+    Not the comparisons with the rest of a batch.
     """
     def tower(blocks, states, pairs):
-        d = blocks.width
-        matrices = (4 + 2 * blocks.mlp_ratio) * d * d * states
-        return blocks.depth * (matrices + 2 * d * pairs) + d * config.embedding
+        projection = 2 * blocks.width * config.embedding
+        return transformer.flops(blocks, states, blocks.depth * pairs) + projection
 
     patches, states = (config.image_size // config.patch)**2, config.text_length + 1
     image = tower(config.image_blocks, patches + 1, (patches + 1)**2)
     text = tower(config.text_blocks, states, states * (states + 1) // 2)
-    return 2 * (3 * config.image_size**2 * config.image_width + image + text)
+    return 2 * 3 * config.image_size**2 * config.image_width + image + text
 
 
 def embed_image(params: Any, config: Config, images: jax.Array, dtype: Any = jnp.float32,

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.models import attention, transformer
+from dalle_jax.models import transformer
 from dalle_jax.models.layers import (
     Declared, Param, contract, init_module, module_axes, tiled_product)
+from dalle_jax.models.patterns import Layout, visible_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Config:
         patterns = self.patterns or transformer.dalle_patterns(self.depth)
         return transformer.BlockConfig(
             self.depth, self.width, self.heads, patterns,
-            attention.Layout(self.text_length, *self.grid, self.kernel),
+            Layout(self.text_length, *self.grid, self.kernel),
             activation=self.activation, std=self.std, attention=self.attention)
 
 
@@ -197,12 +198,9 @@ def logits(params, x, kind, dtype):
 def flops(config: Config) -> int:
     """Model FLOPs of the forward pass of one example; a training step has three times as many.
 
-    Multiplications and additions of the matrix products and of the visible pairs of attention; no
-    recomputation, no lookups, no elementwise work.
+    See transformer.flops; and the heads, but no lookups and no recomputation.
     """
-    d, text, image = config.width, config.text_length, config.image_length
-    layout = config.blocks.layout
-    pairs = sum(attention.visible_pairs(kind, layout) for kind in config.blocks.patterns)
-    matrices = (4 + 2 * config.blocks.mlp_ratio) * d * d * config.depth * (text + image)
-    heads = d * ((text - 1) * config.text_vocab + image * config.image_vocab)
-    return 2 * (matrices + 2 * d * pairs + heads)
+    text, image, blocks = config.text_length, config.image_length, config.blocks
+    pairs = sum(visible_pairs(kind, blocks.layout) for kind in blocks.patterns)
+    heads = (text - 1) * config.text_vocab + image * config.image_vocab
+    return transformer.flops(blocks, text + image, pairs) + 2 * config.width * heads

@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 
 from dalle_jax.models import attention
-from dalle_jax.models.attention import Layout, offsets
 from dalle_jax.models.layers import contract, layer_norm, tiled
+from dalle_jax.models.patterns import Layout, offsets
 from dalle_jax.models.transformer import BlockConfig, by_place, run_layers
 
 

@@ -8,7 +8,7 @@ are computed from positions.
 
 Kernels see the states in an order of their own: those of a column layer's image come column by
 column, so that a column's states follow each other as those of a row do (Ramesh et al. 2021, app.
-B.1), and lengths are filled up to whole blocks. `visible` is the pattern in that order.
+B.1; see patterns.py), and lengths are filled up to whole blocks.
 
 B batch, H heads, D head size, L states. Pallas is imported where it is used: CPUs do without.
 """
@@ -22,39 +22,11 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from dalle_jax.models.patterns import transposed, visible
+
 SIZES = (32, 64, 128)  # of heads
 _MASKED = -1e30  # instead of -inf, whose differences are NaN
 _LOG2_E = 1.4426950408889634  # GPUs have an exp2; exp(x) = exp2(x log2(e))
-
-
-def visible(kind: str, layout: Any, query: Any, key: Any) -> Any:
-    """Whether the states `query` see the states `key`, in the kernels' order.
-
-    Args:
-      kind: 'row', 'column', 'conv' or 'causal'.
-      layout: attention.Layout; not needed for 'causal'.
-      query, key: int32 indices that broadcast against each other; of numpy or traced. They may lie
-        beyond the last state; every state sees itself.
-
-    Raises:
-      ValueError: no such pattern.
-    """
-    past = key <= query
-    if kind == 'causal':
-        return past
-    behind = query - key
-    if kind == 'row':
-        near = behind <= layout.columns
-    elif kind == 'column':
-        near = behind <= (query - layout.text) % layout.rows
-    elif kind == 'conv':
-        # Within `half` of a multiple of a row, and then what the last such multiple wraps to.
-        line, half = layout.columns, layout.kernel // 2
-        furthest = half * line + max(line - 1, half)
-        near = (behind <= furthest) & ((behind + half) % line <= 2 * half)
-    else:
-        raise ValueError(f"kernels: pattern {kind!r}; choose 'row', 'column', 'conv' or 'causal'")
-    return past & (near | (key < layout.text))
 
 
 def ordered(kind, layout, x, multiple):
@@ -77,10 +49,8 @@ def restored(kind, layout, x, length):
 
 
 def _transposed_image(x, text, rows, columns):
-    batch, heads, length, size = x.shape
-    words, image = lax.split(x, (text, length - text), axis=2)
-    image = image.reshape(batch, heads, rows, columns, size).swapaxes(2, 3)
-    return jnp.concatenate([words, image.reshape(batch, heads, -1, size)], axis=2)
+    words, image = lax.split(x, (text, x.shape[2] - text), axis=2)
+    return jnp.concatenate([words, transposed(image, rows, columns)], axis=2)
 
 
 class Tile(NamedTuple):
@@ -123,7 +93,7 @@ def pallas(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Any = No
     Args:
       kind: 'row', 'column', 'conv' or 'causal'.
       q, k, v: [B, H, L, D] of one dtype, float32, bfloat16 or float16; D in SIZES.
-      layout: attention.Layout of the L states; not needed for 'causal'.
+      layout: patterns.Layout of the L states; not needed for 'causal'.
       tiles: of the three kernels, sizes powers of two from 16; None: `default_tiles`.
       interpret: run the kernels as ordinary operations, on any backend.
 

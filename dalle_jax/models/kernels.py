@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.models.flash import ordered, pallas, restored, visible
+from dalle_jax.models.flash import ordered, pallas, restored
+from dalle_jax.models.patterns import visible
 
 SPLASH_BLOCK = 128  # states of a block, the fewest there can be: larger ones skip less
 
@@ -41,7 +42,7 @@ def splash(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, layout: Any = No
     Args:
       kind: 'row', 'column', 'conv' or 'causal'.
       q, k, v: [B, H, L, D].
-      layout: attention.Layout of the L states; not needed for 'causal'.
+      layout: patterns.Layout of the L states; not needed for 'causal'.
       interpret: run the kernels as ordinary operations, on any backend.
 
     Returns:
@@ -71,7 +72,7 @@ def choose(kind: str, shape: tuple[int, ...], dtype: Any, layout: Any, blocked: 
       kind: 'row', 'column', 'conv' or 'causal'.
       shape: [B, H, L, D] of q, k and v.
       dtype: of q, k and v.
-      layout: attention.Layout of the L states.
+      layout: patterns.Layout of the L states.
       blocked: (kind, q, k, v, layout) -> output, to which a kernel must be equal.
     """
     kernel = {'gpu': pallas, 'tpu': splash}.get(jax.default_backend())

@@ -25,10 +25,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.models import attention, scaling
-from dalle_jax.models.attention import PATTERNS, Layout
 from dalle_jax.models.context import unconstrained
 from dalle_jax.models.layers import (
     Param, dense, dense_params, layer_norm, norm_params, stacked)
+from dalle_jax.models.patterns import PATTERNS, Layout
 
 PERIOD = 4  # layers of a group of the body
 
@@ -169,6 +169,19 @@ def declare(config: BlockConfig) -> dict[str, Any]:
     if config.groups:
         stack['body'] = {str(i): stacked(layer, config.groups) for i in range(PERIOD)}
     return stack
+
+
+def flops(config: BlockConfig, states: int, pairs: int) -> int:
+    """Model FLOPs of the stack on one sequence, forward.
+
+    Multiplications and additions of the matrix products and of attention; no elementwise work.
+
+    Args:
+      states: of the sequence.
+      pairs: of a query and a key that attention allows, over all layers.
+    """
+    d = config.width
+    return 2 * ((4 + 2 * config.mlp_ratio) * d * d * config.depth * states + 2 * d * pairs)
 
 
 def forward(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32,

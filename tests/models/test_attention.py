@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_jax.models import attention
-from dalle_jax.models.attention import Layout
+from dalle_jax.models import attention, patterns
+from dalle_jax.models.patterns import Layout
 
 SPARSE = ('row', 'column', 'conv')
 TOY = Layout(text=6, rows=4, columns=4, kernel=3)
@@ -55,7 +55,7 @@ def output_and_gradients(kind, layout, q, k, v, cotangent):
 
 @pytest.mark.parametrize('kind', SPARSE)
 def test_figure_11(kind):
-    mask = attention.mask(kind, TOY)
+    mask = patterns.mask(kind, TOY)
     np.testing.assert_array_equal(mask[:6, :6], np.tri(6, dtype=bool))
     assert not mask[:6, 6:].any()
     assert mask[6:, :6].all()
@@ -66,7 +66,7 @@ def test_figure_11(kind):
     (4, 3, 70, 40, 76, 136), (32, 11, 33_264, 16_896, 61_344, 524_800)])
 def test_pair_counts(side, kernel, row, column, conv, causal):
     layout = Layout(1, side, side, kernel)
-    pairs = {kind: attention.mask(kind, layout)[1:, 1:].sum() for kind in attention.PATTERNS}
+    pairs = {kind: patterns.mask(kind, layout)[1:, 1:].sum() for kind in patterns.PATTERNS}
     assert pairs == {'row': row, 'column': column, 'conv': conv, 'causal': causal}
 
 
@@ -74,11 +74,11 @@ def test_convolutional_offsets():
     ranges = [(0, 5), (27, 37), (59, 69), (91, 101), (123, 133), (155, 165), (187, 191)]
     expected = [o for first, last in ranges for o in range(first, last + 1)]
     assert len(expected) == 66
-    assert attention.offsets('conv', Layout(256, 32, 32, 11)).tolist() == expected
+    assert patterns.offsets('conv', Layout(256, 32, 32, 11)).tolist() == expected
 
 
 def test_causal_pattern_is_plain_causal_attention():
-    np.testing.assert_array_equal(attention.mask('causal', TOY), np.tri(22, dtype=bool))
+    np.testing.assert_array_equal(patterns.mask('causal', TOY), np.tri(22, dtype=bool))
 
 
 layouts = st.builds(Layout, text=st.integers(1, 7), rows=st.integers(1, 7),
@@ -89,7 +89,7 @@ layouts = st.builds(Layout, text=st.integers(1, 7), rows=st.integers(1, 7),
 @given(kind=st.sampled_from(SPARSE), layout=layouts, seed=st.integers(0, 99))
 def test_blocks_equal_definition(kind, layout, seed):
     arrays = tensors(layout, seed=seed)
-    expected = oracle(attention.mask(kind, layout), *arrays)
+    expected = oracle(patterns.mask(kind, layout), *arrays)
     for got, want in zip(output_and_gradients(kind, layout, *arrays), expected):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
 
@@ -109,7 +109,7 @@ def test_blocks_hold_every_pair_once(kind, layout):
         pairs.add((order[i * block + query], order[i * block + key - reach]))
     assert n * block == layout.image
     assert len(pairs) == allowed.sum()
-    assert pairs == set(zip(*np.nonzero(attention.mask(kind, layout)[1:, 1:])))
+    assert pairs == set(zip(*np.nonzero(patterns.mask(kind, layout)[1:, 1:])))
 
 
 @pytest.mark.parametrize('kind', SPARSE)
@@ -119,7 +119,7 @@ def test_blocks_at_two_windows_and_more(kind):
     block, reach, allowed = attention._blocks(kind, layout)
     assert len(allowed) > 1
     arrays = tensors(layout, batch=1, heads=2)
-    expected = oracle(attention.mask(kind, layout), *arrays)
+    expected = oracle(patterns.mask(kind, layout), *arrays)
     for got, want in zip(output_and_gradients(kind, layout, *arrays), expected):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1, np.abs(want).max()))
 
@@ -129,7 +129,7 @@ def test_bfloat16(kind):
     layout = Layout(5, 6, 6, 3)
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in tensors(layout, size=16)]
     got = output_and_gradients(kind, layout, *arrays)
-    expected = oracle(attention.mask(kind, layout), *(np.asarray(x, np.float32) for x in arrays))
+    expected = oracle(patterns.mask(kind, layout), *(np.asarray(x, np.float32) for x in arrays))
     for g, want in zip(got, expected):
         assert g.dtype == jnp.bfloat16
         error = np.abs(np.asarray(g, np.float64) - want).max() / np.abs(want).max()
@@ -155,14 +155,14 @@ def test_gradient_connects_exactly_what_the_mask_allows(kind, layout):
     q, k, v, _ = tensors(layout, batch=1, heads=1, size=2)
     jacobian = jax.jit(jax.jacrev(lambda v: attention.attend(kind, q, k, v, layout)[0, 0, :, 0]))
     np.testing.assert_array_equal(np.asarray(jacobian(v))[:, 0, 0, :, 0] != 0,
-                                  attention.mask(kind, layout))
+                                  patterns.mask(kind, layout))
 
 
 @pytest.mark.parametrize('kind', SPARSE)
 def test_forbidden_keys_leave_no_trace(kind):
     """Example i of the batch has huge keys and values wherever query i must not look."""
     layout = Layout(3, 5, 7, 3)
-    mask = attention.mask(kind, layout)
+    mask = patterns.mask(kind, layout)
     clean = np.repeat(tensors(layout, batch=1, heads=2), layout.length, axis=1)
     poisoned = clean.copy()
     for i, row in enumerate(mask):
@@ -186,7 +186,7 @@ def test_plain_sequences_need_no_layout(kind, mask):
 def test_weights_are_those_of_the_definition(kind):
     q, k, _, _ = tensors(TOY, heads=2)
     v = np.broadcast_to(np.eye(22), (2, 2, 22, 22))
-    want = oracle(attention.mask(kind, TOY), q, k, v, v)[0]
+    want = oracle(patterns.mask(kind, TOY), q, k, v, v)[0]
     np.testing.assert_allclose(attention.weights(kind, q, k, TOY), want, atol=1e-6)
 
 
@@ -218,7 +218,7 @@ def test_errors():
     with pytest.raises(ValueError, match="'diagonal'; choose one of"):
         attention.attend('diagonal', x, x, x, TOY)
     with pytest.raises(ValueError, match="'diagonal'; choose one of"):
-        attention.offsets('diagonal', TOY)
+        patterns.offsets('diagonal', TOY)
     with pytest.raises(ValueError, match="'flash'; choose one of"):
         attention.attend('row', x, x, x, TOY, 'flash')
     with pytest.raises(ValueError, match='over 21 states'):

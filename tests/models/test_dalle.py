@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_jax.models import attention, dalle, decoding, losses
+from dalle_jax.models import dalle, decoding, losses, patterns
 from dalle_jax.models.context import Context, Frozen
 from tests.models import test_transformer as stack
 
@@ -288,7 +288,7 @@ def test_flops():
         assert 1.01 < 3 * dalle.flops(dalle.PRESETS[name]) / (6 * 1280 * blocks) < 1.05, name
 
 
-@pytest.mark.parametrize('pattern', attention.PATTERNS)
+@pytest.mark.parametrize('pattern', patterns.PATTERNS)
 def test_nothing_sees_ahead(pattern):
     """Exactly zero: gradients of a token's likelihood by the embedding of it or of a later one."""
     config = dataclasses.replace(CONFIG, depth=1, patterns=(pattern,))
@@ -390,6 +390,6 @@ def test_snapshot():
     for kind in ('row', 'column', 'conv'):
         np.testing.assert_array_equal(
             np.asarray(arrays[f'matrix/{kind}']) > 0,
-            attention.mask(kind, attention.Layout(5, 3, 4, 3)))
+            patterns.mask(kind, patterns.Layout(5, 3, 4, 3)))
     assert set(dalle.snapshot(parameters(CONFIG), {}, {'text': TEXT, 'codes': image},
                               Context(CONFIG))) == {'matrix/row', 'matrix/column', 'matrix/conv'}

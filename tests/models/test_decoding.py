@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models import attention, decoding, transformer
-from dalle_jax.models.attention import Layout
+from dalle_jax.models import decoding, patterns, transformer
+from dalle_jax.models.patterns import Layout
 from tests.models.test_attention import oracle, tensors
 from tests.models.test_transformer import LAYOUT, blocks, inputs, parameters
 
 
 @pytest.mark.parametrize('layout', [Layout(3, 4, 5, 3), Layout(2, 5, 3, 7), Layout(1, 1, 4)])
-@pytest.mark.parametrize('kind', attention.PATTERNS)
+@pytest.mark.parametrize('kind', patterns.PATTERNS)
 def test_cached_state_by_state(kind, layout):
     """Queries of N candidates on a shared text, with a cache written after each state."""
     candidates = 2
     q, k, v = tensors(layout, batch=candidates, heads=2, count=3)
     k[:, :, :layout.text], v[:, :, :layout.text] = k[:1, :, :layout.text], v[:1, :, :layout.text]
-    want = oracle(attention.mask(kind, layout), q, k, v, v)[0][:, :, layout.text:]
+    want = oracle(patterns.mask(kind, layout), q, k, v, v)[0][:, :, layout.text:]
     text = [x[:1, :, :layout.text] for x in (k, v)]
     lanes, slots = decoding.cache_shape(kind, layout)
     caches = [np.zeros((*lanes, 1, 2, candidates, slots, 4), np.float32) for _ in range(2)]

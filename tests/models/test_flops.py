@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dalle_jax.models import attention, clip, dalle, dvae
+from dalle_jax.models import clip, dalle, dvae, patterns
 
 
 def walked(function, *args):
@@ -113,7 +113,7 @@ def test_dalle(config):
     ids = jnp.zeros((1, *config.grid), jnp.int32)
     found = walked(lambda p, t, i: dalle.likelihood(p, config, t, i), abstract(dalle, config),
                    text, ids)
-    hidden = sum(length**2 - int(attention.mask(kind, config.blocks.layout).sum())
+    hidden = sum(length**2 - int(patterns.mask(kind, config.blocks.layout).sum())
                  for kind in config.blocks.patterns)
     assert dalle.flops(config) == found - 4 * config.width * hidden
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.models import attention, flash, kernels, transformer
-from dalle_jax.models.attention import Layout
+from dalle_jax.models import attention, flash, kernels, patterns, transformer
+from dalle_jax.models.patterns import Layout
 from dalle_jax.models.flash import Tile
 from dalle_jax.models.layers import Param
 from dalle_jax.training import partition
@@ -62,21 +62,21 @@ layouts = st.builds(Layout, text=st.integers(1, 40), rows=st.integers(1, 12),
 
 
 @settings(max_examples=60, deadline=None)
-@given(kind=st.sampled_from(attention.PATTERNS), layout=layouts)
+@given(kind=st.sampled_from(patterns.PATTERNS), layout=layouts)
 def test_visible_is_the_definition(kind, layout):
     state, states = np.arange(layout.length), order(kind, layout)
     np.testing.assert_array_equal(
-        flash.visible(kind, layout, state[:, None], state[None, :]),
-        attention.mask(kind, layout)[np.ix_(states, states)])
+        patterns.visible(kind, layout, state[:, None], state[None, :]),
+        patterns.mask(kind, layout)[np.ix_(states, states)])
 
 
 @settings(max_examples=60, deadline=None)
-@given(kind=st.sampled_from(attention.PATTERNS), layout=layouts, by_key=st.booleans(),
+@given(kind=st.sampled_from(patterns.PATTERNS), layout=layouts, by_key=st.booleans(),
        own=st.sampled_from([8, 16]), other=st.sampled_from([8, 16]))
 def test_blocks_are_those_with_pairs(kind, layout, by_key, own, other):
     states, length = order(kind, layout), layout.length + -layout.length % 16
     mask = np.zeros((length, length), bool)
-    mask[:layout.length, :layout.length] = attention.mask(kind, layout)[np.ix_(states, states)]
+    mask[:layout.length, :layout.length] = patterns.mask(kind, layout)[np.ix_(states, states)]
     mask = mask.T if by_key else mask
     listed, bounds = flash.blocks(kind, layout, length, own, other, by_key)
     for i, (start, middle, end) in enumerate(bounds):
@@ -97,7 +97,7 @@ def test_sparsity_of_the_paper(kind, large, small):
     """Of 100 blocks of 128 x 128 and of 400 of 64 x 64, counted on the mask."""
     for size, count in ((128, large), (64, small)):
         states, blocks = order(kind, PAPER), 1280 // size
-        mask = attention.mask(kind, PAPER)[np.ix_(states, states)]
+        mask = patterns.mask(kind, PAPER)[np.ix_(states, states)]
         assert mask.reshape(blocks, size, blocks, size).any((1, 3)).sum() == count
         for by_key in (False, True):
             assert len(flash.blocks(kind, PAPER, 1280, size, size, by_key)[0]) == count
@@ -112,7 +112,7 @@ def test_flash_equals_definition(kind, layout):
     arrays = tensors(layout, heads=2, size=32)
     attend = interpreted(kernels.pallas, kind, layout, tiles=SMALL)
     got = jax.jit(both_ways(attend))(*arrays)
-    assert max(errors(got, oracle(attention.mask(kind, layout), *arrays))) < 2e-6
+    assert max(errors(got, oracle(patterns.mask(kind, layout), *arrays))) < 2e-6
 
 
 def test_flash_of_a_plain_sequence():
@@ -131,7 +131,7 @@ def test_flash_in_16_bits(kind, size, dtype, most):
     arrays = [jnp.asarray(x, dtype) for x in tensors(layout, batch=1, heads=2, size=size)]
     got = jax.jit(both_ways(interpreted(kernels.pallas, kind, layout)))(*arrays)
     assert all(g.dtype == dtype for g in got)
-    expected = oracle(attention.mask(kind, layout), *(np.asarray(x, np.float64) for x in arrays))
+    expected = oracle(patterns.mask(kind, layout), *(np.asarray(x, np.float64) for x in arrays))
     assert max(errors(got, expected)) < most
 
 
@@ -141,7 +141,7 @@ def test_forbidden_keys_leave_no_trace(kind):
     layout = Layout(3, 5, 7, 3)
     clean = np.repeat(tensors(layout, batch=1, heads=1, size=32), layout.length, axis=1)
     poisoned = clean.copy()
-    for i, row in enumerate(attention.mask(kind, layout)):
+    for i, row in enumerate(patterns.mask(kind, layout)):
         poisoned[1:3, i][:, :, ~row] = 1e4
     attend = jax.jit(interpreted(kernels.pallas, kind, layout, tiles=SMALL))
     diagonal = np.arange(layout.length)
@@ -156,7 +156,7 @@ def test_flash_divided_over_devices():
     attend = jax.shard_map(interpreted(kernels.pallas, 'column', layout), mesh=mesh,
                            in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     got = jax.jit(both_ways(attend), in_shardings=(NamedSharding(mesh, spec),) * 4)(*arrays)
-    assert max(errors(got, oracle(attention.mask('column', layout), *arrays))) < 2e-6
+    assert max(errors(got, oracle(patterns.mask('column', layout), *arrays))) < 2e-6
 
 
 @pytest.mark.parametrize('kernel', [kernels.pallas, kernels.splash])
@@ -203,7 +203,7 @@ def test_errors():
     with pytest.raises(ValueError, match='of int8, int8 and int8; choose one of float32'):
         kernels.pallas('causal', x, x, x)
     with pytest.raises(ValueError, match="'diagonal'; choose"):
-        flash.visible('diagonal', PAPER, 0, 0)
+        patterns.visible('diagonal', PAPER, 0, 0)
 
 
 # -- TPUs ------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_errors():
 def test_splash_equals_definition(kind, layout):
     arrays = tensors(layout, heads=2, size=64)
     got = jax.jit(both_ways(interpreted(kernels.splash, kind, layout)))(*arrays)
-    assert max(errors(got, oracle(attention.mask(kind, layout), *arrays))) < 2e-6
+    assert max(errors(got, oracle(patterns.mask(kind, layout), *arrays))) < 2e-6
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu')

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models import attention, transformer
-from dalle_jax.models.attention import Layout
+from dalle_jax.models import patterns, transformer
+from dalle_jax.models.patterns import Layout
 from dalle_jax.models.layers import Declared, init_module, module_axes
 from dalle_jax.models.transformer import BlockConfig, dalle_patterns
 
@@ -57,7 +57,7 @@ def oracle(params, config, x):
         for head in range(config.heads):
             q, k, v = (qkv[..., (3 * head + i) * size:][..., :size] for i in range(3))
             scores = q @ k.swapaxes(1, 2) / np.sqrt(size)
-            scores = np.where(attention.mask(kind, config.layout), scores, -np.inf)
+            scores = np.where(patterns.mask(kind, config.layout), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             out[..., head * size:][..., :size] = weights / weights.sum(-1, keepdims=True) @ v
         x = x + out @ p['out']['kernel'] + p['out']['bias']
@@ -213,14 +213,14 @@ def test_constrain_is_told_axes():
 # -- what depends on what --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind', [*attention.PATTERNS, 'bidirectional'])
+@pytest.mark.parametrize('kind', [*patterns.PATTERNS, 'bidirectional'])
 def test_gradient_reaches_exactly_what_two_layers_see(kind):
     layout = None if kind == 'bidirectional' else LAYOUT
     config = dataclasses.replace(blocks(2, (kind, kind)), layout=layout)
     params, x = parameters(config), inputs(blocks(2), batch=1)
     jacobian = jax.jit(jax.jacrev(lambda x: transformer.forward(params, config, x)[0].sum(-1)))(x)
     reached = np.abs(np.asarray(jacobian)).sum(-1)[:, 0] != 0
-    sees = np.ones((15, 15), bool) if layout is None else attention.mask(kind, layout)
+    sees = np.ones((15, 15), bool) if layout is None else patterns.mask(kind, layout)
     np.testing.assert_array_equal(reached, sees.astype(int) @ sees > 0)
 
 
@@ -232,7 +232,7 @@ def test_attention_maps():
     assert set(maps) == {'row', 'column', 'conv'}
     for kind, weights in maps.items():
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-        np.testing.assert_array_equal(weights[0] > 0, attention.mask(kind, LAYOUT))
+        np.testing.assert_array_equal(weights[0] > 0, patterns.mask(kind, LAYOUT))
     first = blocks(1, ('row',))
     alone = jax.jit(lambda p, x: transformer.attention_maps(p, first, x))(
         {'tail': {'0': unstacked(params, config)[0]}, 'norm': params['norm']}, x)
