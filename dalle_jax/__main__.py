@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'benchmark')
+VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'benchmark')
 
 
 def main():

@@ -189,14 +189,11 @@ def _training(bench, module, config, batch):
 
     The state is that of a real run, and the same for all cases: each takes it and leaves the next.
     """
-    mesh = partition.make_mesh(partition.MeshConfig())
-    task = step_lib.Task(module, config, OPTIMIZERS[module], 1, bench.dtype, 'threefry2x32',
-                         partition.Constrainer(mesh))
-    abstract = jax.eval_shape(lambda: step_lib.init_state(task, 0))
-    placed = partition.shardings(module.axes(config), abstract.params, mesh)
-    placed = partition.like_params(abstract, placed, abstract.params, mesh)
-    held = [jax.jit(lambda: step_lib.init_state(task, 0), out_shardings=placed)()]
-    size = len(jax.tree.leaves(batch)[0])
+    mesh, size = partition.make_mesh(partition.MeshConfig()), len(jax.tree.leaves(batch)[0])
+    task = step_lib.Task(module, config, OPTIMIZERS[module], size, dtype=bench.dtype,
+                         partition=partition.Partitioner(mesh))
+    abstract = step_lib.abstract_state(task)
+    held = [step_lib.create_state(task, 0)]
     batch = partition.put_batch(batch, mesh)
 
     def run(compiled):
@@ -204,7 +201,7 @@ def _training(bench, module, config, batch):
         return metrics
 
     def case(kind, config, **values):
-        train = step_lib.make_train(task._replace(config=config), abstract, 1, placed)
+        train = step_lib.make_train(task._replace(config=config), abstract)
         return Case(kind, lambda: train.lower(held[0], batch, {}, ()), run, size,
                     3 * size * module.flops(config), **values)
 

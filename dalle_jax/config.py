@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from dalle_jax.data.sources import DataConfig
+from dalle_jax.training.compression import CompressionConfig
 from dalle_jax.training.optimizer import OptimizerConfig
 from dalle_jax.training.partition import MeshConfig
 
@@ -89,7 +90,9 @@ class Experiment:
     Attributes:
       model: module name in dalle_jax.models.
       arch: that module's Config.
-      precision: 'auto' (bfloat16 on TPU and GPU, float32 on CPU), 'float32' or 'bfloat16'.
+      precision: of matrix products: 'auto' (bfloat16 on TPU and GPU, float32 on CPU), 'float32',
+        'bfloat16', or 'float16' with gradient scales of the resblocks (Ramesh et al. 2021, sec.
+        2.4), which DALL-E has. The residual stream, layernorms and logits stay float32.
       frozen: role -> path of a finished run; 'image' is the tokenizer of stage 2, 'text' a run
         whose BPE is shared.
       init_from: path of a run whose parameters are the starting point, or ''.
@@ -102,6 +105,7 @@ class Experiment:
     optimizer: OptimizerConfig
     loop: LoopConfig
     mesh: MeshConfig = MeshConfig()
+    compression: CompressionConfig = CompressionConfig()
     seed: int = 0
     precision: str = 'auto'
     frozen: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -110,9 +114,14 @@ class Experiment:
     cpu_devices: int = 1
 
     def __post_init__(self):
-        if self.precision not in ('auto', 'float32', 'bfloat16'):
-            raise ConfigError(f"precision is {self.precision!r}; choose 'auto', 'float32' or "
-                              "'bfloat16'")
+        if self.precision not in ('auto', 'float32', 'bfloat16', 'float16'):
+            raise ConfigError(f"precision is {self.precision!r}; choose 'auto', 'float32', "
+                              "'bfloat16' or 'float16'")
+        every = self.optimizer.average_every
+        if self.optimizer.average_memory == 'host' and every % self.loop.group:
+            raise ConfigError(f'optimizer.average_every={every} is not a multiple of '
+                              f'loop.group={self.loop.group}, the steps of one dispatch, which '
+                              'averages on the host need')
         if self.data.batch_size % self.loop.microbatches:
             raise ConfigError(f'loop.microbatches={self.loop.microbatches} does not divide '
                               f'data.batch_size={self.data.batch_size}')
@@ -214,10 +223,15 @@ def to_json(experiment: Experiment) -> str:
 
 def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ: key -> (old, new)."""
-    flat_old, flat_new = _flatten(json.loads(to_json(old))), _flatten(json.loads(to_json(new)))
+    flat_old, flat_new = flat(old), flat(new)
     return {key: (flat_old.get(key), flat_new.get(key))
             for key in sorted(flat_old.keys() | flat_new.keys())
             if flat_old.get(key) != flat_new.get(key)}
+
+
+def flat(experiment: Experiment) -> dict[str, Any]:
+    """Dotted keys -> values for JSON."""
+    return _flatten(json.loads(to_json(experiment)))
 
 
 def _flatten(tree, prefix=''):

@@ -20,38 +20,37 @@ TOP, RIGHT, BOTTOM = 12, 8, 24
 COLOURS = 6
 BUCKETS = 300  # a line keeps the smallest and the largest value of each
 NOISY = 200  # points; a longer line, if it is rough, is drawn faint under its running mean
-HOVERS = 48  # strips of a chart that tell their values
+HOVERS = 64  # strips of a chart that tell their values: one for each layer of the largest model
 MATRIX_SIZE = 320  # pixels; a larger matrix is pooled
 MATRIX_COLOUR = 47, 116, 208
 
 STYLE = """
-.chart svg { width: 100%; height: auto; display: block; overflow: visible }
-.chart text { font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums }
-.chart .x { text-anchor: middle } .chart .y, .chart .end { text-anchor: end }
-.chart line { stroke: var(--line) }
+.chart svg, .maps svg { width: 100%; height: auto; display: block }
+.chart text, .maps text { font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums }
+.chart .x, .maps text { text-anchor: middle } .chart .y, .chart .end { text-anchor: end }
+.chart svg { overflow: visible } .chart line { stroke: var(--line) }
 .chart path { stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round }
-.chart path:not(.area) { fill: none }
-.chart path.raw { stroke-width: 1; opacity: .3 }
-.chart path.area { opacity: .75 }
-.chart .strip { fill: var(--ink); opacity: 0 }
-.chart .strip:hover { opacity: .07 }
+.chart path:not(.area) { fill: none } .chart path.area { opacity: .75 }
+.chart path.raw { stroke-width: 1; opacity: .3 } .chart path.ramp { stroke-width: 1.2 }
+.chart .strip { fill: var(--ink); opacity: 0 } .chart .strip:hover { opacity: .07 }
 .legend { width: 100%; font-size: .8125rem; margin-top: .3rem }
 .legend th { color: var(--soft); font-weight: 400; text-align: right; width: 4.6rem }
 .legend td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-.legend td:first-child, .legend th:first-child { text-align: left; white-space: normal;
-  width: auto; overflow-wrap: anywhere }
+.legend :is(td, th):first-child { text-align: left; white-space: normal; width: auto;
+  overflow-wrap: anywhere }
 .legend i { display: inline-block; width: .85rem; height: 3px; border-radius: 2px;
   margin-right: .5rem; vertical-align: middle }
 .maps { display: grid; gap: 20px 28px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)) }
 .maps image { image-rendering: pixelated; filter: var(--lift) }
-.maps rect { fill: var(--wash) }
-.maps line { stroke: var(--soft); stroke-dasharray: 3 3 }
-.maps text { font-size: 13px; fill: var(--soft); text-anchor: middle }
-.maps svg { width: 100%; height: auto; display: block }
+.maps rect { fill: var(--wash) } .maps line { stroke: var(--soft); stroke-dasharray: 3 3 }
 .scale { display: flex; align-items: center; gap: .5rem; font-size: .8125rem; color: var(--soft);
   flex-wrap: wrap; margin-top: .8rem }
 .scale i { width: 9rem; height: .6rem; border-radius: 2px; filter: var(--lift) }
+path.ramp { stroke: oklch(calc(var(--from) + (var(--to) - var(--from)) * var(--t)) .15
+  calc(285 + 135 * var(--t))) }
+.scale i.ramp { filter: none; background: linear-gradient(90deg in oklch increasing hue,
+  oklch(var(--from) .15 285), oklch(var(--to) .15 60)) }
 """ + '.scale i {{ background: linear-gradient(90deg, rgb({0} / .06), rgb({0})) }}\n'.format(
     ' '.join(map(str, MATRIX_COLOUR))) + ''.join(
     f'path.s{i} {{ stroke: var(--c{i}) }} .f{i} {{ fill: var(--c{i}) }} '
@@ -227,7 +226,7 @@ def svg(label: str, body: str, width: float = WIDTH, height: float = HEIGHT) -> 
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = '',
-           x: str = 'step', y: str = '', log: bool = False) -> str:
+           x: str = 'step', y: str = '', log: bool = False, ramp: bool = False) -> str:
     """A line chart with a legend that tells each line's last, smallest and largest value.
 
     Values that are not finite, or not positive on a logarithmic axis, leave a gap and are counted
@@ -238,6 +237,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
       title: of the chart.
       x, y: names of the axes, with their unit.
       log: whether the vertical axis is logarithmic.
+      ramp: whether the lines are many and in order, such as layers: coloured by it, ends named.
 
     Raises:
       ValueError: positions and values of a line differ in length.
@@ -251,9 +251,8 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
         drawn = np.isfinite(steps) & np.isfinite(values) & (not log or values > 0)
         hidden += int((~drawn).sum())
         lines[name] = steps, values, drawn
-    reason = 'not finite or not positive' if log else 'not finite'
     count = '1 value is' if hidden == 1 else f'{hidden:,} values are'
-    caption = f'{count} {reason} and not drawn.' if hidden else ''
+    caption = f'{count} not finite{" or not positive" if log else ""} and not drawn.' * bool(hidden)
     if not any(drawn.any() for _, _, drawn in lines.values()):
         return figure('chart', title, '<p class="empty">Nothing to draw yet.</p>', caption)
 
@@ -268,6 +267,10 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
         colour = f's{i % COLOURS}'
         px, py = (np.full(len(values), np.nan) for _ in range(2))
         px[drawn], py[drawn] = across.place(steps[drawn]), up.place(values[drawn])
+        if ramp:
+            path = line_path(px, py, decimate(values, drawn, BUCKETS // 4), drawn)
+            body += f'<path class="ramp" style="--t:{i / max(len(lines) - 1, 1):.3f}" d="{path}"/>'
+            continue
         mean = running_mean(py, drawn)
         noisy = drawn.sum() > NOISY and np.abs(py - mean)[drawn].mean() > 1
         path = line_path(px, py, decimate(values, drawn), drawn)
@@ -283,17 +286,20 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title:
             f'<td>{number(v)}</td>' for v in (shown[-1], shown.min(), shown.max())) + '</tr>')
 
     def tell(low, at, high):
-        told = [f'{x} {number(at)}']
+        told = []
         for name, (steps, values, drawn) in lines.items():
             steps, values = steps[drawn], values[drawn]
             if len(steps):
                 near = np.abs(steps - at).argmin()
-                told += [f'{name} {number(values[near])}'] * bool(low <= steps[near] <= high)
-        return '\n'.join(told)
+                told += [(values[near], name)] * bool(low <= steps[near] <= high)
+        told = [min(told), max(told)] if ramp else told  # the lowest and the highest
+        return '\n'.join([f'{x} {number(at)}', *(f'{name} {number(v)}' for v, name in told)])
 
     body += hover_strips(across, np.unique(xs), tell)
-    head = '<tr><th></th><th>last</th><th>min</th><th>max</th></tr>'
-    legend = f'<table class="legend">{head}{legend}</table>'
+    first, last = (f'<span>{escape(list(lines)[i])}</span>' for i in (0, -1))
+    legend = f'<div class="scale">{first}<i class="ramp"></i>{last}</div>' if ramp else (
+        '<table class="legend"><tr><th></th><th>last</th><th>min</th><th>max</th></tr>'
+        f'{legend}</table>')
     return figure('chart', title, svg(title or ', '.join(lines), body) + legend, caption)
 
 

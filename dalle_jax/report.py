@@ -2,10 +2,6 @@
 
 A page is a list of blocks, and a block is what a function here returns: HTML in which everything
 that came from outside is escaped. Style, charts and pictures are inline; no network, no scripts.
-
-    write('report.html', page('My run', 'after 1,000 steps', [
-        facts({'accuracy': '97 %'}),
-        section('Loss', 'In nats per token.', curves({'train': (steps, losses)}))]))
 """
 
 import json
@@ -29,59 +25,53 @@ LOG_RANGE = 100  # a run's metric that spans a larger ratio gets a logarithmic a
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #191b1f; --soft: #5f666f;
   --line: #e5e5e2; --wash: #f3f3f0; --good: #1f7a4d; --bad: #b3261e; --alarm: #fcefed; --lift: none;
-  --c0: #2f74d0; --c1: #d9691e; --c2: #23896a; --c3: #8657b8; --c4: #b8405e; --c5: #6f7782 }
+  --c0: #2f74d0; --c1: #d9691e; --c2: #23896a; --c3: #8657b8; --c4: #b8405e; --c5: #6f7782;
+  --from: .36; --to: .66 }
 @media (prefers-color-scheme: dark) { :root { --paper: #141517; --ink: #e8e8e5; --soft: #a1a7af;
   --line: #2d2f33; --wash: #1d1f22; --good: #6ccb98; --bad: #ff8f86; --alarm: #35201f;
   --lift: brightness(1.5); --c0: #6fa8fa; --c1: #f2a05c; --c2: #5cc6a0; --c3: #c29ae8;
-  --c4: #ef8aa2; --c5: #99a1ab } }
+  --c4: #ef8aa2; --c5: #99a1ab; --from: .55; --to: .88 } }
 * { box-sizing: border-box; -webkit-text-size-adjust: 100% }
 body { margin: 0 auto; max-width: 1328px; padding: 40px 24px 72px; background: var(--paper);
   color: var(--ink); overflow-wrap: anywhere; font: 1rem/1.55 system-ui, -apple-system, 'Segoe UI',
   Roboto, 'Helvetica Neue', Arial, sans-serif }
-h1, h2, h3, h4, p, figure, dl, dd { margin: 0 }
-body > * + * { margin-top: 28px }
-h1, h2, h3 { font-weight: 620 }
+h1, h2, h3, h4, p, figure, dl, dd { margin: 0 } h1, h2, h3 { font-weight: 620 }
+body > * + * { margin-top: 28px } p { max-width: 70ch }
+header p, section > p, figcaption, .empty, .facts .beneath, .table th, .label, summary {
+  color: var(--soft) }
 h1 { font-size: clamp(1.75rem, 5vw, 2.5rem); line-height: 1.15; letter-spacing: -.02em }
 h2 { font-size: 1.375rem; line-height: 1.25; letter-spacing: -.01em }
 h3 { font-size: .9375rem; margin-bottom: .25rem }
 h4 { font-size: .875rem; margin-bottom: .3rem; font-weight: 500 }
-p { max-width: 70ch }
-header p { color: var(--soft); font-size: 1.0625rem; margin: .5rem 0 4px }
+header p { font-size: 1.0625rem; margin: .5rem 0 4px } section > p { margin-top: .35rem }
 section { border-top: 1px solid var(--line); margin-top: 40px; padding-top: 24px }
-section > p { color: var(--soft); margin-top: .35rem }
 .flow { display: grid; gap: 32px 36px; margin-top: 20px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)) }
-.flow > * { grid-column: 1 / -1; min-width: 0 }
-.flow > .chart { grid-column: auto }
-figcaption, .empty { font-size: .8125rem; line-height: 1.4; color: var(--soft); margin-top: .4rem }
+.flow > * { grid-column: 1 / -1; min-width: 0 } .flow > .chart { grid-column: auto }
+figcaption, .empty, .caption { font-size: .8125rem; line-height: 1.4; margin-top: .4rem }
 .facts { display: grid; gap: 24px 28px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 150px), 1fr)) }
 .facts > div { border-top: 2px solid; padding-top: 8px; display: grid; align-content: start }
 .facts dt { font-size: .875rem; line-height: 1.35; order: 1 }
 .facts dd { font-size: 1.75rem; line-height: 1.35; letter-spacing: -.02em; font-weight: 600 }
-.facts .beneath { font-size: .8125rem; font-weight: 400; letter-spacing: 0; color: var(--soft);
-  order: 2 }
+.facts .beneath { font-size: .8125rem; font-weight: 400; letter-spacing: 0; order: 2 }
 .note { padding: 10px 16px; border-left: 3px solid var(--c0); background: var(--wash) }
 .note.alarm { border-color: var(--bad); background: var(--alarm) }
-.scroll { overflow-x: auto; overflow-wrap: normal }
+.scroll, pre { overflow-x: auto } .scroll { overflow-wrap: normal } summary { cursor: pointer }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-.table td { border-top: 1px solid var(--line) }
 .table :is(th, td) { padding: 7px 28px 7px 0; text-align: left }
-.table th { font-weight: 500; font-size: .8125rem; color: var(--soft) }
+.table td { border-top: 1px solid var(--line) } .table th { font-weight: 500; font-size: .8125rem }
 .table .n { text-align: right; white-space: nowrap }
 .stages { display: grid; grid-template-columns: fit-content(40%) 1fr auto; gap: 7px 14px;
   align-items: center; font-size: .9375rem; max-width: 900px; font-variant-numeric: tabular-nums }
 .stages i { display: block; min-width: 2px; height: 14px; background: var(--c0) }
-.stages i, .track { border-radius: 2px }
-.stages > :nth-child(3n) { text-align: right }
-.track { background: var(--wash) } .total { font-weight: 600 }
+.stages i, .track { border-radius: 2px } .stages > :nth-child(3n) { text-align: right }
+.track, pre { background: var(--wash) } .total { font-weight: 600 }
 img { display: block; width: 100%; height: auto; border-radius: 3px; background: var(--wash) }
 .pixelated img { image-rendering: pixelated }
 .verdict { width: 1.05em; height: 1.05em; vertical-align: -.16em; margin-right: .3em; fill: none;
   stroke: var(--good); stroke-width: 2.4; stroke-linecap: round; stroke-linejoin: round }
-.verdict.bad { stroke: var(--bad) }
-.caption { font-size: .8125rem; line-height: 1.4; margin-top: .4rem }
-.label { font-size: .75rem; color: var(--soft); margin-top: .25rem }
+.verdict.bad { stroke: var(--bad) } .label { font-size: .75rem; margin-top: .25rem }
 .examples { display: grid; gap: 24px; grid-template-columns: repeat(auto-fill,
   minmax(min(100%, max(136px, calc(var(--k) * 104px))), 1fr)) }
 .row { display: grid; gap: 7px; grid-template-columns: repeat(var(--k), minmax(0, 1fr)) }
@@ -89,9 +79,7 @@ img { display: block; width: 100%; height: auto; border-radius: 3px; background:
 .candidates .row { grid-template-columns: repeat(4, minmax(0, 1fr)) }
 .chosen .label { color: var(--ink); font-weight: 600 }
 .chosen img { outline: 2px solid var(--c0); outline-offset: 2px }
-summary { cursor: pointer; color: var(--soft) }
-pre { overflow-x: auto; background: var(--wash); padding: 14px 16px;
-  font: .8125rem/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, monospace }
+pre { padding: 14px 16px; font: .8125rem/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, monospace }
 @media (min-width: 800px) { .candidates { grid-template-columns: 13rem 1fr }
   .candidates .row { grid-template-columns: repeat(var(--k), minmax(0, 128px)) } }
 @media (max-width: 480px) { body { padding: 28px 16px 56px } section { margin-top: 36px }
@@ -225,14 +213,7 @@ def captioned(image: np.ndarray, alt: str, right: bool | None, text: str, kind: 
 
 def image_grid(images: np.ndarray, captions: Sequence[str] | None = None,
                verdicts: Sequence[bool | None] | None = None, scale: str = 'auto') -> str:
-    """Pictures in a grid that wraps, each with its caption and verdict.
-
-    Args:
-      images: uint8 or float in [0, 1], [n, H, W, 3].
-      captions: n texts.
-      verdicts: n of True (check), False (cross), None (no mark).
-      scale: how a browser enlarges: 'auto' is smooth, 'pixelated' shows each pixel.
-    """
+    """Pictures in a grid that wraps, each with its caption and verdict; see `side_by_side`."""
     return side_by_side({'': images}, captions, {} if verdicts is None else {'': verdicts}, scale)
 
 
@@ -242,10 +223,10 @@ def side_by_side(columns: Mapping[str, np.ndarray], captions: Sequence[str] | No
     """Several versions of each example next to each other, such as original and reconstruction.
 
     Args:
-      columns: name -> n images; a column named '' goes without a label.
+      columns: name -> n images, uint8 or float in [0, 1], [n, H, W, 3]; '' goes without a label.
       captions: n texts, one an example.
-      verdicts: column name -> n verdicts; a column may be absent.
-      scale: as in `image_grid`, like the images.
+      verdicts: column name -> n of True (check), False (cross), None; a column may be absent.
+      scale: how a browser enlarges: 'auto' is smooth, 'pixelated' shows each pixel.
     """
     verdicts = verdicts or {}
     count = common_length({**columns, 'captions': captions, **{
@@ -270,7 +251,7 @@ def candidates(caption: str, images: np.ndarray, scores: Sequence[float],
                scale: str = 'auto') -> str:
     """All k candidates of one caption, the highest score first; `chosen`, an index, is framed.
 
-    Images, verdicts and scale are as in `image_grid`; each score is shown beneath its picture.
+    Images, verdicts and scale are as in `side_by_side`; each score is shown beneath its picture.
     """
     count = common_length({'images': images, 'scores': scores, 'verdicts': verdicts})
     cells = ''
@@ -339,14 +320,15 @@ def run_page(workdir: str | os.PathLike) -> str:
 
 def metric_blocks(records: Sequence[Mapping]) -> list[str]:
     """Alarms, then a section of charts for each prefix of the metrics' names."""
-    # name -> kind -> step -> value: a resumed run repeats steps, and the later value counts.
+    # name -> kind -> step -> value: a resumed run repeats steps, and the later line counts.
     metrics = {}
-    for record in records:
+    for record in {(str(r.get('kind')), r['step']): r for r in records}.values():
         kind = str(record.get('kind', 'train'))
         for name, value in record.items():
             if name not in ('kind', 'step', 'time') and isinstance(value, (int, float, type(None))):
                 value = float('nan') if value is None else value
                 metrics.setdefault(name, {}).setdefault(kind, {})[record['step']] = value
+    scales = scale_blocks(metrics)
     shared = Counter(name.rpartition('/')[0] for name in metrics)
     alarms, groups = [], {}
     for name, kinds in metrics.items():
@@ -365,7 +347,27 @@ def metric_blocks(records: Sequence[Mapping]) -> list[str]:
         log = len(values) > 0 and 0 < LOG_RANGE * values.min() < values.max()
         groups.setdefault(prefix, []).append(curves(series, short, log=log))
     return alarms + [section(prefix.capitalize() or 'Training', '', *groups[prefix])
-                     for prefix in sorted(groups)]
+                     for prefix in sorted(groups)] + scales
+
+
+def scale_blocks(metrics: dict) -> list[str]:
+    """Gradient scales (Ramesh et al. 2021, fig. 12) and skips; takes their keys out of metrics."""
+    scales, skips = {}, {}
+    for name in sorted(sorted(n for n in metrics if n.startswith('log2_scale/')), key=len):
+        _, layer, branch = name.split('/')
+        lines = scales.setdefault(branch, {})
+        lines[f'layer {layer}'] = tuple(zip(*sorted(metrics.pop(name)['train'].items())))
+        skipped = metrics.pop(f'overflow/{layer}/{branch}', {'train': {}})['train']
+        skips.setdefault(branch, []).append(sum(skipped.values()))
+    if not scales:
+        return []
+    steps, shares = zip(*sorted(metrics['skipped']['train'].items()))
+    share = np.average(shares, weights=np.diff(steps, prepend=0))
+    charts = [curves(scales[branch], f'{branch}: log2 of the scale', ramp=True)
+              for branch in sorted(scales)]
+    skips = {branch: (range(len(skips[branch])), skips[branch]) for branch in sorted(skips)}
+    charts.append(curves(skips, 'Updates skipped because of a block', x='layer'))
+    return [section('Gradient scales', f'{share:.2%} of updates were skipped.', *charts)]
 
 
 def snapshot_blocks(workdir: pathlib.Path) -> list[str]:

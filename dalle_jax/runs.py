@@ -25,7 +25,8 @@ from dalle_jax.report import read_metrics
 
 # Keys in which a continued run may differ from what its directory was started with.
 FREE_KEYS = ('loop.steps', 'loop.log_every', 'loop.valid_every', 'loop.snapshot_every',
-             'loop.save_every', 'loop.keep', 'data.workers', 'data.path')
+             'loop.save_every', 'loop.keep', 'loop.microbatches', 'data.workers', 'data.path',
+             'mesh.replica', 'mesh.fsdp', 'mesh.tensor', 'mesh.rules', 'cpu_devices')
 
 
 class RunError(RuntimeError):
@@ -33,19 +34,24 @@ class RunError(RuntimeError):
 
 
 class Run:
-    """The directory of a run in progress, held by a lock that dies with the process."""
+    """The directory of a run in progress, held by a lock that dies with the process.
+
+    Of several processes that train together the first one has it; the others' Run writes and says
+    nothing.
+    """
 
     def __init__(self, workdir: str | Path, experiment: config_lib.Experiment,
-                 started: float | None = None):
+                 started: float | None = None, primary: bool = True):
         """Takes the directory; `started` is the time.monotonic() at which the session began."""
         self.path = Path(workdir)
-        self._lock = take(self.path, '--workdir')
-        self._check(experiment)
-        write_atomic(self.path / 'config.json', config_lib.to_json(experiment))
-        self._metrics = None
-        self._tensorboard = None
+        self._primary = primary
+        self._lock = self._metrics = self._tensorboard = None
         # Moved back by earlier sessions in start_log.
         self._start = time.monotonic() if started is None else started
+        if primary:
+            self._lock = take(self.path, '--workdir')
+            self._check(experiment)
+            write_atomic(self.path / 'config.json', config_lib.to_json(experiment))
 
     def _check(self, experiment):
         stored = self.path / 'config.json'
@@ -71,6 +77,8 @@ class Run:
 
     def start_log(self, step: int) -> None:
         """Opens the metric files for a run that continues after `step`, dropping later lines."""
+        if not self._primary:
+            return
         (self.path / 'done.json').unlink(missing_ok=True)
         path = self.path / 'metrics.jsonl'
         kept = [line for line in read_metrics(path) if line['step'] <= step]
@@ -81,6 +89,8 @@ class Run:
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Appends one line of metrics; non-finite values are kept as JSON's NaN."""
+        if not self._primary:
+            return
         values = {name: float(value) for name, value in values.items()}
         line = {'kind': kind, 'step': step, 'time': round(self.elapsed(), 3), **values}
         self._metrics.write(json.dumps(line) + '\n')
@@ -95,21 +105,31 @@ class Run:
                                               purge_step=self._tensorboard_step + 1)
         return self._tensorboard
 
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self._primary:
+            say(text)
+
     def elapsed(self) -> float:
         """Seconds of training, earlier sessions of the same run included."""
         return time.monotonic() - self._start
 
     def snapshot(self, step: int, arrays: Mapping[str, Any], captions: list[str],
                  boundary: int | None) -> None:
-        """Stores the arrays of a snapshot for the report.
+        """Stores the arrays of a snapshot, and draws the report.
 
         Args:
           captions: one for each picture of the batch.
           boundary: where the image begins in attention matrices.
         """
+        from dalle_jax import report
+
+        if not self._primary:
+            return
         write_arrays(self.path / 'snapshot.npz', arrays)
         write_atomic(self.path / 'snapshot.json', json.dumps(
             {'step': step, 'captions': captions, 'boundary': boundary}))
+        report.write(self.path / 'report.html', report.run_page(self.path))
 
     def finished(self, steps: int) -> bool:
         """Whether the run has reached this many steps."""
@@ -118,7 +138,8 @@ class Run:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Marks the run as finished."""
-        write_atomic(self.path / 'done.json', json.dumps(dict(facts), indent=2))
+        if self._primary:
+            write_atomic(self.path / 'done.json', json.dumps(dict(facts), indent=2))
 
     def close(self) -> None:
         """Closes the files and gives the lock back."""
@@ -126,7 +147,8 @@ class Run:
             self._metrics.close()
         if self._tensorboard:
             self._tensorboard.close()
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
 
 class Loaded(NamedTuple):

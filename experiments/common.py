@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.config import Experiment, LoopConfig
 from dalle_jax.data.sources import DataConfig
+from dalle_jax.training.compression import CompressionConfig
 from dalle_jax.training.optimizer import OptimizerConfig
 from dalle_jax.training.partition import MeshConfig
 
@@ -57,6 +58,7 @@ def experiment(*, model, arch, data, optimizer, loop, **rest):
         'optimizer': _filled(OptimizerConfig, optimizer),
         'loop': _filled(LoopConfig, loop),
         'mesh': _filled(MeshConfig, rest.get('mesh', {})),
+        'compression': _filled(CompressionConfig, rest.get('compression', {})),
     })
 
 

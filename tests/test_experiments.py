@@ -8,7 +8,7 @@ import pytest
 
 from dalle_jax import config as config_lib
 from dalle_jax.models import dalle, dvae
-from dalle_jax.models.context import Frozen, unconstrained
+from dalle_jax.models.context import Frozen
 from dalle_jax.training import step as step_lib
 
 # experiment -> parameters. The paper's sizes are derived in the tests of the models; the family's
@@ -23,6 +23,7 @@ COUNTS = {
     'dalle.py:12b,path=X': 12_292_816_384,
     **{f'dalle.py:{size},path=X': None for size in (
         '5.6b', '2.8b', '1.4b', '1.3b', '0.7b', 'large', 'base', 'small', 'tiny')},
+    'dalle.py:12b_one_gpu,path=X': 12_292_816_384,
     'dalle.py:scenes': None,
     'dalle.py:folder,path=X': None,
     'clip.py:b32,path=X': None,
@@ -58,8 +59,9 @@ def test_training_step_traces(spec):
               for role, (m, c) in frozen.items()}
     static = tuple((role, m, c) for role, (m, c) in frozen.items())
     bound = {role: Frozen(m, c, params[role]) for role, m, c in static}
-    task = step_lib.Task(model, arch, experiment.optimizer, experiment.loop.microbatches,
-                         jnp.bfloat16, experiment.loop.prng, unconstrained)
+    task = step_lib.Task(model, arch, experiment.optimizer, experiment.data.batch_size,
+                         microbatches=experiment.loop.microbatches, dtype=jnp.bfloat16,
+                         prng=experiment.loop.prng)
     state = jax.eval_shape(lambda: step_lib.init_state(task, experiment.seed))
     count = sum(x.size for x in jax.tree.leaves(state.params))
     if experiment.model == 'dalle':

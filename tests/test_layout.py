@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'dalle_jax'
-VERBS = {'quickstart', 'train', 'encode', 'sample', 'evaluate', 'benchmark', '__main__',
-         'data.__main__'}
+VERBS = {'quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'plan', 'benchmark',
+         '__main__', 'data.__main__'}
 HOMES = {
     'orbax': {'training.checkpoint'},
     'ml_collections': {'config'},
@@ -72,6 +72,7 @@ def test_only_quickstart_imports_verbs():
     ('models', {'models'}),
     ('data', {'data'}),
     ('training', {'training', 'models'}),
+    ('planning', {'planning', 'training', 'models'}),
     ('metrics', {'metrics', 'models', 'data', 'report'}),
 ])
 def test_package_imports_only(package, allowed):

@@ -175,6 +175,50 @@ def test_hovering_tells_the_values():
         assert abs(left + width - after) <= 0.11
 
 
+def test_a_ramp_draws_every_line_and_colours_them_in_order():
+    rng = np.random.default_rng(6)
+    steps = np.arange(10, 1010, 10.0)
+    lines = {f'layer {i:02}': (steps[i:], rng.normal(i, 2, len(steps) - i)) for i in range(17)}
+    lines['layer 03'][1][50] = np.nan
+    chart = xml.fromstring(plots.curves(lines, x='', ramp=True))
+    to_step, to_value = axes_of(chart)
+    paths = find(chart, 'path', 'ramp')
+    assert len(paths) == 17 == len(find(chart, 'path'))
+    for path, (at, values) in zip(paths, lines.values()):
+        points = np.concatenate(runs_of(path.get('d')))
+        drawn = np.isfinite(values)
+        np.testing.assert_allclose(to_step(points[:, 0]), at[drawn], atol=1.5)
+        np.testing.assert_allclose(to_value(points[:, 1]), values[drawn], atol=0.05)
+    shades = [float(path.get('style').removeprefix('--t:')) for path in paths]
+    np.testing.assert_allclose(shades, np.linspace(0, 1, 17), atol=5e-4)
+    legend, = find(chart, 'div', 'scale')
+    assert text(legend) == 'layer 00layer 16' and find(legend, 'i', 'ramp')
+    assert '1 value is not finite' in text(chart) and not find(chart, 'table')
+
+
+def test_hovering_over_a_ramp_tells_the_lowest_and_the_highest():
+    chart = xml.fromstring(plots.curves({'a': ([1, 2], [5.0, 1.0]), 'b': ([1, 2], [3.0, 4.0]),
+                                         'c': ([1], [9.0])}, ramp=True))
+    assert [e.text for e in find(chart, 'title')] == ['step 1\nb 3\nc 9', 'step 2\na 1\nb 4']
+
+
+def test_a_ramp_of_one_line_and_of_many_long_ones():
+    one = xml.fromstring(plots.curves({'only': ([1, 2], [3.0, 4.0])}, ramp=True))
+    assert find(one, 'path')[0].get('style') == '--t:0.000'
+    assert text(find(one, 'div', 'scale')[0]) == 'onlyonly'
+    rng = np.random.default_rng(7)
+    steps = np.arange(4000)
+    lines = {str(i): (steps, i + rng.normal(size=4000).cumsum()) for i in range(64)}
+    html = plots.curves(lines, ramp=True)
+    assert len(html) < 200_000
+    chart = xml.fromstring(html)
+    _, to_value = axes_of(chart)
+    for path, (_, values) in zip(find(chart, 'path'), lines.values()):
+        shown = to_value(runs_of(path.get('d'))[0][:, 1])
+        np.testing.assert_allclose([shown.min(), shown.max(), shown[-1]],
+                                   [values.min(), values.max(), values[-1]], atol=2)
+
+
 @pytest.mark.parametrize('counts, used, perplexity', [
     (np.full(64, 7), 64, 64), (np.eye(1, 50, 3)[0] * 9, 1, 1),
     (np.array([0, 1, 0, 3]), 2, math.exp(math.log(4) - 0.75 * math.log(3)))])

@@ -7,13 +7,15 @@ import math
 import os
 import re
 import types
+import xml.etree.ElementTree as xml
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import report
+from dalle_jax import plots, report
+from tests.test_plots import axes_of, find, runs_of
 
 VOID = {'meta', 'img', 'br', 'link', 'input', 'hr'}
 ATTACK = '</title><script>alert("x")</script><img src=x onerror=alert(1)> & \' "'
@@ -78,6 +80,7 @@ def everything(rng) -> list[str]:
         report.table([[ATTACK, 1.5, True], ['b', None, False]], [ATTACK, 'value', 'met']),
         report.section(ATTACK, ATTACK,
                        report.curves({ATTACK: line}, ATTACK, ATTACK, ATTACK),
+                       report.curves({ATTACK: line}, ATTACK, ATTACK, ATTACK, ramp=True),
                        report.histogram(rng.integers(0, 9, 50), ATTACK),
                        report.matrix({ATTACK: rng.random((6, 6))}, 2, ATTACK)),
         report.image_grid(images, [ATTACK] * 3, [True, False, None], ATTACK),
@@ -113,6 +116,37 @@ def test_themes_keep_their_contrast():
                 continue
             bright, dim = sorted(map(luminance, (theme[name], theme[ground])), reverse=True)
             assert (bright + 0.05) / (dim + 0.05) >= (3 if name[0] == 'c' else 4.5), (name, ground)
+
+
+def test_the_ramp_of_colours_keeps_its_contrast_and_brightens_in_either_theme():
+    number = r'([.\d]+)'
+    rising = re.escape('oklch(calc(var(--from) + (var(--to) - var(--from)) * var(--t))')
+    chroma, hue, turn = map(float, re.search(
+        rf'{rising} {number}\s+calc\({number} \+ {number} \* var\(--t\)\)', plots.STYLE).groups())
+    ends = re.search(rf'in oklch increasing hue,\s+oklch\(var\(--from\) {number} {number}\), '
+                     rf'oklch\(var\(--to\) {number} {number}\)', plots.STYLE).groups()
+    assert tuple(map(float, ends)) == (chroma, hue, chroma, (hue + turn) % 360)  # the legend's
+
+    def luminance(lightness, hue):
+        """Of an OKLCH colour, clipped to the gamut: through LMS to linear sRGB (Ottosson 2020)."""
+        a, b = chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))
+        lms = np.array([lightness + 0.3963377774 * a + 0.2158037573 * b,
+                        lightness - 0.1055613458 * a - 0.0638541728 * b,
+                        lightness - 0.0894841775 * a - 1.2914855480 * b]) ** 3
+        rgb = np.array([[4.0767416621, -3.3077115913, 0.2309699292],
+                        [-1.2684380046, 2.6097574011, -0.3413193965],
+                        [-0.0041960863, -0.7034186147, 1.7076147010]]) @ lms
+        return rgb.clip(0, 1).T @ [0.2126, 0.7152, 0.0722]
+
+    for part in re.findall(r':root \{(.*?)\}', report.STYLE, re.S):
+        low, high = (float(re.search(rf'--{name}: {number}', part)[1]) for name in ('from', 'to'))
+        paper = int(re.search(r'--paper: #(\w\w)', part)[1], 16) / 255
+        paper = paper / 12.92 if paper < 0.04 else ((paper + 0.055) / 1.055) ** 2.4  # it is grey
+        t = np.linspace(0, 1, 64)
+        shades = np.array([luminance(low + (high - low) * at, hue + turn * at) for at in t])
+        assert (np.diff(shades) > 0).all()
+        bright, dim = np.maximum(shades, paper), np.minimum(shades, paper)
+        assert ((bright + 0.05) / (dim + 0.05)).min() >= 3
 
 
 def test_pictures_decode_to_the_pixels_given():
@@ -254,6 +288,63 @@ def test_run_page_groups_metrics(tmp_path):
     notes = [e.text for e in page.find('p', 'alarm')]
     assert notes == ['Alarm: collapse was 1 at step 20.']
     assert page.find('pre')[0].text == '{"name": "<b>"}' and page.find('details')
+
+
+def scale_records(layers):
+    """Windows of 10, 10 and 5 steps; the middle one was logged twice, by a run that resumed."""
+    rng = np.random.default_rng(8)
+    records, scales = [], {}
+    for step, skipped in ((10, 0.2), (20, 0.9), (20, 0.1), (25, 0.6)):
+        record = {'kind': 'train', 'step': step, 'time': 1.0, 'loss': 2.0, 'skipped': skipped}
+        for layer in range(layers):
+            for branch in ('attention', 'mlp'):
+                value = 13 + 0.1 * layer + rng.random()
+                record[f'log2_scale/{layer:02}/{branch}'] = value
+                scales.setdefault((branch, layer), {})[step] = value
+        records.append(record)
+    records[0] |= {'overflow/00/mlp': 2.0, 'overflow/01/attention': 1.0}
+    records[1] |= {'overflow/00/attention': 9.0, 'overflow/01/mlp': 9.0}
+    records[2] |= {'overflow/00/mlp': 1.0}
+    records[3] |= {'overflow/00/mlp': 3.0, 'overflow/01/attention': 2.0}
+    return records, scales
+
+
+@pytest.mark.parametrize('layers', [2, 64, 101])  # '100' stands behind '99'
+def test_run_page_draws_gradient_scales_by_depth_and_skips_by_block(tmp_path, layers):
+    records, scales = scale_records(layers)
+    html = report.run_page(run_directory(tmp_path, records))
+    page = Parsed(html)
+    assert [e.text for e in page.find('h2')] == ['Training', 'Gradient scales']
+    assert [e.text for e in page.find('h3')] == [
+        'loss', 'skipped', 'attention: log2 of the scale', 'mlp: log2 of the scale',
+        'Updates skipped because of a block']
+    # (10 * 0.2 + 10 * 0.1 + 5 * 0.6) / 25 steps
+    assert '24.00% of updates were skipped.' in page.text
+    *_, attention, mlp, skips = map(xml.fromstring, re.findall('<figure.*?</figure>', html, re.S))
+    for branch, chart in (('attention', attention), ('mlp', mlp)):
+        to_step, to_value = axes_of(chart)
+        paths = find(chart, 'path', 'ramp')
+        assert len(paths) == layers
+        for layer, path in enumerate(paths):
+            points, = runs_of(path.get('d'))
+            np.testing.assert_allclose(to_step(points[:, 0]), [10, 20, 25], atol=0.1)
+            np.testing.assert_allclose(to_value(points[:, 1]),
+                                       [scales[branch, layer][s] for s in (10, 20, 25)], atol=0.1)
+    to_layer, to_count = axes_of(skips)
+    for path, first in zip(find(skips, 'path'), ([0, 3], [6, 0])):
+        points, = runs_of(path.get('d'))
+        np.testing.assert_allclose(to_layer(points[:, 0]), range(layers), atol=0.2)
+        np.testing.assert_allclose(to_count(points[:, 1]), first + [0] * (layers - 2), atol=0.1)
+    told = [e.text for e in find(skips, 'title')]
+    assert told[0] == 'layer 0\nattention 0\nmlp 6' and (
+        layers > 64 or told[1] == 'layer 1\nattention 3\nmlp 0')
+
+
+def test_a_scaled_run_without_a_skip_says_so(tmp_path):
+    records = [{'step': 10, 'skipped': 0.0, 'log2_scale/00/mlp': 13.0}]
+    page = Parsed(report.run_page(run_directory(tmp_path, records)))
+    assert '0.00% of updates were skipped.' in page.text
+    assert len(page.find('figure', 'chart')) == 3
 
 
 def test_run_page_draws_a_snapshot_by_kind(tmp_path):

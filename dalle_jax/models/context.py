@@ -10,7 +10,11 @@ A model is a module of this package that exports
     loss(params, model_state, batch, ctx) -> terms, metrics, model_state
     snapshot(params, model_state, batch, ctx) -> arrays for the report
 
-and nothing else is needed to train it: there is no base class and no registry.
+and nothing else is needed to train it: there is no base class and no registry. One that can be
+trained in float16 also exports
+
+    branches(config) -> tree of shapes                   of the resblocks' gradient scales, at the
+                                                         places of the branches in params
 """
 
 import dataclasses
@@ -60,6 +64,7 @@ class Context:
       constrain: (array, logical axes) -> array, pins an activation's sharding on the mesh. Its
         divide(function, logical axes) -> function runs it on each device's part of such arrays,
         which is how kernels must be called.
+      scales: like branches(config), scaling.Scale of each resblock, or None: see scaling.py.
     """
 
     config: Any
@@ -69,3 +74,4 @@ class Context:
     frozen: Mapping[str, Frozen] = dataclasses.field(default_factory=dict)
     dtype: Any = jnp.float32
     constrain: Any = unconstrained
+    scales: Any = None

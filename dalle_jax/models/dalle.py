@@ -21,8 +21,9 @@ from dalle_jax.models.dalle_network import (
 from dalle_jax.models.sampling import filter_logits, generate, sample_bytes
 
 __all__ = [
-    'Config', 'PRESETS', 'fit', 'init', 'axes', 'flops', 'batch_spec', 'loss', 'likelihood',
-    'text_likelihood', 'generate', 'filter_logits', 'sample_bytes', 'attention_maps', 'snapshot']
+    'Config', 'PRESETS', 'fit', 'init', 'axes', 'branches', 'flops', 'batch_spec', 'loss',
+    'likelihood', 'text_likelihood', 'generate', 'filter_logits', 'sample_bytes', 'attention_maps',
+    'snapshot']
 
 SNAPSHOT_IMAGES = 8
 
@@ -37,14 +38,20 @@ def batch_spec(config: Config, frozen: Mapping[str, Any] | None = None
     return {'codes': jax.ShapeDtypeStruct(config.grid, jnp.int32), 'text': text}
 
 
-def _states(params, config, text, codes, dtype, constrain):
+def branches(config: Config) -> Any:
+    """Shapes of the gradient scales of the resblocks."""
+    return {'transformer': transformer.branches(config.blocks, lambda shape: shape)}
+
+
+def _states(params, config, text, codes, dtype, constrain, scales=None):
     """Last states of the text [B, T - 1, d] and of the image [B, I, d]."""
     # Whole tables: a lookup in divided ones would gather the states of the global batch instead.
     tables = jax.tree.map(lambda x: constrain(x, (None,) * x.ndim),
                           {kind: params[kind] for kind in ('text', 'image')})
     x = jnp.concatenate([embed_text(tables, text), embed_image(tables, codes[:, :-1])], axis=1)
     x = transformer.forward(params['transformer'], config.blocks, x, dtype=dtype,
-                            remat=config.remat, constrain=constrain)
+                            remat=config.remat, constrain=constrain,
+                            scales=scales and scales['transformer'])
     # The last text state has no target.
     of_text, _, of_image = lax.split(x, (config.text_length - 1, 1, config.image_length), axis=1)
     return of_text, of_image
@@ -78,7 +85,7 @@ def loss(params: Any, model_state: Any, batch: Mapping[str, jax.Array], ctx: Con
     if ctx.train and config.caption_dropout:
         kept = jax.random.bernoulli(ctx.key, 1 - config.caption_dropout, (len(text), 1))
         text, counted = jnp.where(kept, text, 0), counted * kept
-    of_text, of_image = _states(params, config, text, codes, ctx.dtype, ctx.constrain)
+    of_text, of_image = _states(params, config, text, codes, ctx.dtype, ctx.constrain, ctx.scales)
     targets = {'text': (of_text, text, counted), 'image': (of_image, codes, everywhere)}
     sums = {kind: losses.vocabulary_loss(x, params['heads'][kind], ids, weights, ctx.dtype)
             for kind, (x, ids, weights) in targets.items()}
@@ -103,7 +110,8 @@ def _codes(batch, ctx):
         raise ValueError("dalle: the batch has no 'codes' and ctx.frozen no 'image' tokenizer to "
                          'make them; name a trained dVAE in frozen.image')
     tokenizer = ctx.frozen['image']
-    return tokenizer.module.encode(tokenizer.params, tokenizer.config, batch['image'], ctx.dtype)
+    return tokenizer.module.encode(tokenizer.params, tokenizer.config, batch['image'],
+                                   losses.exact(ctx.dtype))
 
 
 def likelihood(params: Any, config: Config, text: jax.Array, ids: jax.Array,

@@ -20,6 +20,12 @@ class Term(NamedTuple):
     weight: jax.Array | float = 1.0
 
 
+def exact(dtype: Any) -> Any:
+    """For logits and what else has no gradient scale: float32 instead of float16 (Ramesh et al.
+    2021, app. D.2), else `dtype`."""
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Negative log-likelihood in nats, per position, computed in float32.
 
@@ -49,20 +55,21 @@ def vocabulary_loss(x: jax.Array, kernel: jax.Array, targets: jax.Array, weights
       kernel: [d, V].
       targets: int [B, L], in [0, V).
       weights: float32 [B, L]; no gradient is taken with respect to them.
-      dtype: of the operands of the matrix products.
+      dtype: of the operands of the matrix products; see `exact`.
       chunk: positions.
 
     Returns:
       float32 scalars: the sum of weights * cross-entropy in nats, and the sum of the weights of
       those targets that have the largest logit.
     """
-    cast = kernel.astype(dtype)
+    cast = kernel.astype(exact(dtype))
     loss, correct = _by_chunk(lambda x, targets: _scores(_logits(x, cast), targets)[:2], chunk,
                               x, targets)
     return (weights * loss).sum(), (weights * correct).sum()
 
 
 def _vocabulary_forward(x, kernel, targets, weights, dtype, chunk):
+    dtype = exact(dtype)
     cast = kernel.astype(dtype)
 
     def one(grad_kernel, x, targets, weights):
@@ -94,7 +101,7 @@ vocabulary_loss.defvjp(_vocabulary_forward, _vocabulary_backward)
 def vocabulary_cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, dtype: Any,
                              chunk: int = CHUNK) -> jax.Array:
     """What `vocabulary_loss` sums, float32 [B, L]; for looking at, not for training."""
-    cast = kernel.astype(dtype)
+    cast = kernel.astype(exact(dtype))
     return _by_chunk(lambda x, targets: _scores(_logits(x, cast), targets)[0], chunk, x, targets)
 
 

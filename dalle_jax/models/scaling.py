@@ -8,8 +8,10 @@ not reach those before it, whose scales would fall for nothing.
     forward    x ---- enter ---- layernorm ---- f in 16 bits ---- leave ---- + x
     backward   unscale, filter                              scale, filter, round
 
-A branch's parameters are used through `parameters`, which unscales their gradients and counts what
-is not finite in them as the gradient of a flag: that costs nothing inside a scan's backward pass.
+A branch's parameters are used through `parameters`, which counts what is not finite in their
+gradients as the gradient of a flag: that costs nothing inside a scan's backward pass. These
+gradients stay multiplied by the scale: those of 16-bit parameters have 16 bits, too, and whoever
+uses them divides in float32 (training/precision.py).
 """
 
 from typing import Any, NamedTuple
@@ -42,10 +44,10 @@ def leave(y: jax.Array, scale: Scale | None) -> jax.Array:
 
 
 def parameters(params: Any, scale: Scale | None) -> Any:
-    """params; their gradients are unscaled, and the flag's counts what is not finite in them."""
+    """params; the flag's gradient counts what is not finite in theirs, which stay scaled."""
     if scale is None:
         return params
-    return jax.tree.map(lambda p: _parameter(p, scale.value, scale.flag), params)
+    return jax.tree.map(lambda p: _parameter(p, scale.flag), params)
 
 
 def _finite(gradient):
@@ -82,14 +84,13 @@ _leave.defvjp(lambda y, scale: (_leave(y, scale), (scale, jnp.zeros((), y.dtype)
 
 
 @jax.custom_vjp
-def _parameter(p, scale, flag):
-    del scale, flag
+def _parameter(p, flag):
+    del flag
     return p
 
 
-def _parameter_backward(scale, gradient):
-    count = jnp.sum(~jnp.isfinite(gradient), dtype=jnp.float32)
-    return gradient / scale, None, count
+def _parameter_backward(_, gradient):
+    return gradient, jnp.sum(~jnp.isfinite(gradient), dtype=jnp.float32)
 
 
-_parameter.defvjp(lambda p, scale, flag: (p, scale), _parameter_backward)
+_parameter.defvjp(lambda p, flag: (p, None), _parameter_backward)

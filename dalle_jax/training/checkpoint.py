@@ -29,8 +29,12 @@ class Checkpoints:
 
         self.directory = Path(directory).absolute()
         self._ocp = ocp
-        options = dict(create=False) if read_only else dict(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        options = dict(max_to_keep=keep, cleanup_tmp_directories=True,
+                       enable_async_checkpointing=True)
+        if read_only:  # by this process for itself
+            me = jax.process_index()
+            options = dict(create=False, multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader{me}'))
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={'state': ocp.PyTreeCheckpointHandler(),
@@ -43,7 +47,7 @@ class Checkpoints:
         # Orbax writes in the background. On a CPU its "device to host copy" is no copy at all,
         # so donating the state to the next step would overwrite what is being written.
         if jax.default_backend() == 'cpu':
-            state = jax.tree.map(np.array, state)
+            state = jax.tree.map(jnp.copy, state)
         saved = self._manager.save(step, args=ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), checksums=ocp.args.JsonSave(checksums(state))))
         if not saved:
@@ -144,9 +148,9 @@ def restore_subtree(directory: str | Path, names: tuple[str, ...]) -> tuple[int,
 def checksums(tree: Any) -> dict[str, int]:
     """Leaf path -> checksum of its bits: any single damaged word changes it."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    # Leaf by leaf: they may live on different devices.
-    values = jax.device_get([_checksum(leaf) for _, leaf in leaves])
-    return {path_name(path): int(value) for (path, _), value in zip(leaves, values)}
+    # One after the other: they may live on different devices, and on virtual ones of a CPU two
+    # programs that add up over devices may wait for each other for ever.
+    return {path_name(path): int(_checksum(leaf)) for path, leaf in leaves}
 
 
 def mismatches(stored: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
@@ -157,9 +161,12 @@ def mismatches(stored: Mapping[str, int], found: Mapping[str, int]) -> list[str]
 
 @jax.jit
 def _checksum(x):
+    x = jax.device_put(x, jax.memory.Space.Device)  # averages may be in the host's memory
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # Elementwise, so that each device sums up its own part.
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     # Odd weights: a change of one word never cancels modulo 2^32, and a swap shows.
-    weights = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435762) + jnp.uint32(1)
-    return jnp.sum(bits * weights)
-
+    return jnp.sum(bits * (index * jnp.uint32(2654435762) + jnp.uint32(1)))

@@ -11,16 +11,15 @@ A reducer is a few pure functions; another way of compressing is another functio
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax.training import formats
+from dalle_jax.training.optimizer import EXCEPTIONS, matches
 from dalle_jax.training.partition import AXES, path_name
 
 
@@ -46,7 +45,7 @@ class CompressionConfig:
     p_scale: float = 1.0
     q_scale: float = 1.0
     seed: int = 0
-    skip: str = r'(bias|gain|tokens|positions|rows|columns|pads)$|^heads/'
+    skip: str = EXCEPTIONS
 
     def __post_init__(self):
         if self.rank < 0:
@@ -67,7 +66,7 @@ class Reduced(NamedTuple):
     """What a reducer makes of the gradients of all replicas.
 
     Attributes:
-      grads: their mean, or what stands for it, without the axis of replicas; float32.
+      grads: their mean, or what stands for it, without the axis of replicas.
       norm: float32, global norm of `grads`; inf where `finite` is false.
       finite: bool; where it is false the caller must not apply `grads`.
       state: the reducer's next state, to be kept in either case.
@@ -98,10 +97,13 @@ class Reducer(NamedTuple):
 
 
 def averaging() -> Reducer:
-    """The mean over replicas in float32; no state."""
+    """For gradients that the compiler has averaged over all devices, without an axis of replicas.
+
+    No state. They stay in their dtype; the norm is float32.
+    """
     def reduce(grads, state):
-        grads = jax.tree.map(lambda g: jnp.mean(g, axis=0, dtype=jnp.float32), grads)
-        norm = optax.tree.norm(grads)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32)))
+                            for g in jax.tree.leaves(grads)))
         finite = jnp.isfinite(norm)
         return Reduced(grads, jnp.where(finite, norm, jnp.inf), finite, state)
 
@@ -260,7 +262,7 @@ def _plan(config, params, shardings):
         ways = math.prod(sharding.mesh.shape[a] for a in axes)
         rank = max(1, config.rank // ways)
         use = (config.rank and array.ndim in (2, 3) and min(local[-2:]) >= rank
-               and not re.search(config.skip, name))
+               and not matches(config.skip, name))
         return _Part(name, array.shape, local, sharding.spec, axes, ways, rank if use else 0)
 
     placed = jax.tree_util.tree_map_with_path(one, params, shardings)

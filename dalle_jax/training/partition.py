@@ -2,7 +2,7 @@
 
 Three axes, always present: 'replica' (slow links between slices or hosts), 'fsdp' (batch and
 parameters sharded over fast links) and 'tensor' (heads and hidden units). A parameter says what
-its dimensions are by logical names; RULES says on which mesh axis a name lives.
+its dimensions are by logical names; rules say on which mesh axes a name lives.
 """
 
 import dataclasses
@@ -15,25 +15,61 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ('replica', 'fsdp', 'tensor')
-BATCH = PartitionSpec(('replica', 'fsdp'))
+DATA = ('replica', 'fsdp')  # what the examples of a batch are divided over
+BATCH = PartitionSpec(DATA)
 
-# Logical axis -> mesh axis. A name that is not listed is replicated.
+# Logical axis -> mesh axes, unless MeshConfig.rules says otherwise. A name that is not listed is
+# not divided.
 RULES = {
-    'batch': ('replica', 'fsdp'),
-    'embed': 'fsdp',
-    'vocab': 'fsdp',
-    'heads': 'tensor',
-    'mlp': 'tensor',
+    'batch': DATA,
+    'embed': ('fsdp',),
+    'vocab': ('fsdp',),
+    'heads': ('tensor',),
+    'mlp': ('tensor',),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Extents of the mesh axes; one of them may be -1: all devices that are left."""
+    """The mesh and, where they differ from RULES, the rules.
+
+    Attributes:
+      replica, fsdp, tensor: extents of the mesh axes; one of them may be -1: all devices that are
+        left.
+      rules: such as 'embed=,heads=fsdp,mlp=fsdp+tensor': logical axis = mesh axes, comma
+        separated. This example divides matrices as Ramesh et al. 2021, app. E.1, do.
+
+    Raises:
+      ValueError: a rule of an unknown axis.
+    """
 
     replica: int = 1
     fsdp: int = -1
     tensor: int = 1
+    rules: str = ''
+
+    def __post_init__(self):
+        parse_rules(self.rules)
+
+
+def parse_rules(text: str) -> dict[str, tuple[str, ...]]:
+    """RULES with those of MeshConfig.rules in place of their own.
+
+    Raises:
+      ValueError: names what is unknown, and what there is.
+    """
+    rules = dict(RULES)
+    for part in filter(None, text.split(',')):
+        name, equals, axes = (piece.strip() for piece in part.partition('='))
+        axes = tuple(axis for axis in axes.split('+') if axis)
+        if not equals or name not in RULES or name == 'batch':
+            raise ValueError(f'mesh.rules has {part!r}; write AXIS=MESHAXIS+MESHAXIS or AXIS= with '
+                             f'an AXIS of {", ".join(n for n in RULES if n != "batch")}')
+        if strangers := set(axes) - {'fsdp', 'tensor'}:
+            raise ValueError(f'mesh.rules has {part!r}: parameters live on fsdp and tensor, not '
+                             f'on {", ".join(sorted(strangers))}')
+        rules[name] = axes
+    return rules
 
 
 def path_name(path: Any) -> str:
@@ -63,78 +99,111 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(extents), AXES)
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, name: str = ''
-         ) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes.
-
-    Raises:
-      ValueError: two dimensions on one mesh axis, or an extent that the mesh axis does not
-        divide; names the array, its axes and its shape.
-    """
-    entries = [RULES.get(axis) if axis else None for axis in axes]
-    used = [a for e in entries if e for a in ((e,) if isinstance(e, str) else e)]
-    if len(used) != len(set(used)):
-        raise ValueError(f'{name} {axes}: two dimensions live on the same mesh axis ({entries})')
-    for size, axis, entry in zip(shape, axes, entries):
-        if entry is None:
-            continue
-        ways = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry))
-        if size % ways:
-            raise ValueError(f'{name} {shape} with axes {axes}: {axis!r} has {size} entries, which '
-                             f'{ways} devices along {entry!r} do not divide; choose a mesh extent '
-                             f'that divides {size}')
-    return PartitionSpec(*entries)
-
-
-def shardings(axes: Any, abstract: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree of arrays, given the tree of their logical axes."""
-    def one(path, array, names):
-        return NamedSharding(mesh, spec(names, array.shape, mesh, jax.tree_util.keystr(path)))
-    return jax.tree_util.tree_map_with_path(one, abstract, axes)
-
-
 @dataclasses.dataclass(frozen=True)
-class Constrainer:
-    """Context.constrain on this mesh: pins an activation's sharding by logical axes."""
+class Partitioner:
+    """Where arrays live on a mesh. Called, it is Context.constrain: pins an activation's sharding.
+
+    Attributes:
+      mesh: with AXES.
+      rules: as MeshConfig.rules.
+    """
 
     mesh: Mesh
+    rules: str = ''
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        manual = _manual_axes()
+        spec = self._of_activation(axes, x.shape, manual)
+        # Inside a shard_map the context's mesh knows which axes are divided already.
         return jax.lax.with_sharding_constraint(
-            x, NamedSharding(self.mesh, spec(axes, x.shape, self.mesh, 'activation')))
+            x, spec if manual else NamedSharding(self.mesh, spec))
 
     def divide(self, function: Callable, axes: tuple[str | None, ...]) -> Callable:
         """`function` of arrays that all have these axes, run on each device's part of them."""
         def run(*arrays):
             # Inside a shard_map that divides some of the axes already, the others are left.
-            manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-            entries = [RULES.get(axis, ()) if axis else () for axis in axes]
-            entries = [(e,) if isinstance(e, str) else e for e in entries]
-            part = PartitionSpec(*(tuple(a for a in e if a not in manual) for e in entries))
+            manual = _manual_axes()
+            part = self._of_activation(axes, None, manual)
             return jax.shard_map(function, mesh=None if manual else self.mesh, out_specs=part,
                                  in_specs=(part,) * len(arrays), check_vma=False,
                                  axis_names=set(AXES) - manual)(*arrays)
         return run
 
+    def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = ''
+             ) -> PartitionSpec:
+        """The PartitionSpec of an array, such as a parameter, with these logical axes.
 
-def like_params(tree: Any, params_shardings: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of any tree that holds copies of the parameters, such as a training state.
+        Args:
+          name: of the array, for errors.
 
-    A leaf whose path ends in a parameter's path and that has its shape lives where the parameter
-    lives (moments, averages); everything else is replicated.
-    """
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    placed = {path_name(path): (array.shape, sharding) for (path, array), sharding in
-              zip(flat, jax.tree.leaves(params_shardings))}
+        Raises:
+          ValueError: two dimensions on one mesh axis, or an extent that the mesh axes do not
+            divide; names the array, its axes and the nearest extents that would.
+        """
+        rules = parse_rules(self.rules)
+        entries = [rules.get(axis, ()) for axis in axes]
+        used = [a for entry in entries for a in entry]
+        if len(used) != len(set(used)):
+            raise ValueError(f'{name} {axes}: two dimensions live on the same mesh axis ({entries})'
+                             '; change mesh.rules')
+        return self._checked(axes, shape, name, entries)
 
-    def one(path, array):
-        keys = path_name(path).split('/')
-        for start in range(len(keys)):
-            shape, sharding = placed.get('/'.join(keys[start:]), (None, None))
-            if shape == array.shape:
-                return sharding
-        return NamedSharding(mesh, PartitionSpec())
-    return jax.tree_util.tree_map_with_path(one, tree)
+    def _of_activation(self, axes, shape, manual):
+        """The same of an activation (of any shape: None), without mesh axes that are divided
+        already. Where the batch lives on an axis, nothing else can."""
+        rules, used, entries = parse_rules(self.rules), set(manual), []
+        for axis in axes:
+            entries.append(tuple(a for a in rules.get(axis, ()) if a not in used))
+            used.update(entries[-1])
+        return self._checked(axes, shape or (), 'activation', entries)
+
+    def _checked(self, axes, shape, name, entries):
+        for size, axis, entry in zip(shape, axes, entries):
+            ways = math.prod(self.mesh.shape[a] for a in entry)
+            if size % ways:
+                raise ValueError(
+                    f'{name} {shape} with axes {axes}: {axis!r} has {size} entries, which '
+                    f'{" x ".join(entry)} = {ways} does not divide; {_nearest(size, ways)} would, '
+                    'or another place for it in mesh.rules')
+        return PartitionSpec(*(entry if len(entry) > 1 else entry[0] if entry else None
+                               for entry in entries))
+
+    def shardings(self, axes: Any, abstract: Any) -> Any:
+        """NamedShardings of a tree of arrays, given the tree of their logical axes."""
+        def one(path, array, names):
+            return NamedSharding(self.mesh, self.spec(names, array.shape, path_name(path)))
+        return jax.tree_util.tree_map_with_path(one, abstract, axes)
+
+    def like_params(self, tree: Any, params: Any, shardings: Any) -> Any:
+        """Shardings of any tree that holds copies of the parameters, such as a training state.
+
+        A leaf whose path ends in a parameter's path and that has its shape lives where the
+        parameter lives (moments, averages); every device holds all of everything else.
+        """
+        flat = jax.tree_util.tree_flatten_with_path(params)[0]
+        placed = {path_name(path): (array.shape, sharding) for (path, array), sharding in
+                  zip(flat, jax.tree.leaves(shardings))}
+
+        def one(path, array):
+            keys = path_name(path).split('/')
+            for start in range(len(keys)):
+                shape, sharding = placed.get('/'.join(keys[start:]), (None, None))
+                if shape == array.shape:
+                    return sharding
+            return replicated(self.mesh)
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
+    """Raises ValueError where the mesh cannot split the batch; names the nearest that it can."""
+    ways = math.prod(mesh.shape[a] for a in DATA)
+    if batch_size % (microbatches * ways):
+        unit = microbatches * ways
+        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+        near = f'{below} or {above}' if below else f'{above}'
+        raise ValueError(
+            f'data.batch_size={batch_size} cannot be split into loop.microbatches={microbatches} '
+            f'parts over replica x fsdp = {ways} ways of the mesh; {near} can, or other extents')
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -151,3 +220,15 @@ def put_batch(batch: Any, mesh: Mesh, stacked: bool = False) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH) if stacked else BATCH)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), dict(batch))
+
+
+def _manual_axes():
+    """Mesh axes that a shard_map around the code being traced divides."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _nearest(size, ways):
+    """The divisors of `size` next to `ways`."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    below, above = [n for n in divisors if n < ways], [n for n in divisors if n > ways]
+    return ' or '.join(str(n) for n in below[-1:] + above[:1])

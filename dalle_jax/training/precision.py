@@ -4,12 +4,14 @@ Each of the 2 L branches has its own scale, because the size of activation gradi
 between the branches of a deep transformer than 16 bits can hold.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dalle_jax.models.scaling import Scale
+from dalle_jax.training.partition import path_name
 
 # In units of M: the loss is divided by all M examples of a step, and the scales make up for it. In
 # the paper M is the number of GPUs, each of which has one example.
@@ -44,9 +46,25 @@ def init(branches: Any, examples: int) -> Scales:
     return Scales(tree(INITIAL * examples, jnp.float32), tree(WINDOW, jnp.int32))
 
 
-def with_flags(scales: Scales, flags: Any) -> Any:
-    """What the model gets: a tree of scaling.Scale."""
-    return jax.tree.map(Scale, scales.value, flags)
+def with_flags(values: Any, flags: Any) -> Any:
+    """What the model gets: a tree of scaling.Scale, or None without scales."""
+    return jax.tree.map(Scale, values, flags) or None
+
+
+def unscaled(grads: Any, values: Any) -> Any:
+    """Gradients divided by the scale of the branch that they belong to, there float32.
+
+    Args:
+      grads: like the parameters.
+      values: the scales, at the places of their branches in that tree; what is nowhere below one
+        has no scale.
+    """
+    if isinstance(values, dict):
+        return grads | {name: unscaled(grads[name], value) for name, value in values.items()}
+
+    def one(g):
+        return g.astype(jnp.float32) / values.reshape(values.shape + (1,) * (g.ndim - values.ndim))
+    return jax.tree.map(one, grads)
 
 
 def updated(scales: Scales, counts: Any, examples: int) -> Scales:
@@ -68,3 +86,24 @@ def updated(scales: Scales, counts: Any, examples: int) -> Scales:
     value, since = jax.tree.transpose(jax.tree.structure(scales.value), jax.tree.structure((0, 0)),
                                       pairs)
     return Scales(value, since)
+
+
+def vector(tree: Any) -> jax.Array:
+    """The entries of a tree like the scales as one array [branches]; `names` names them."""
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def names(tree: Any) -> list[str]:
+    """The branches in the order of `vector`, such as '07/mlp', layer and kind."""
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *_, part, layer, branch = path_name(path).split('/')
+        stack = functools.reduce(lambda t, entry: t[entry.key], path[:-3], tree)
+        if part == 'body':
+            layers = range(int(layer), leaf.size * len(stack['body']), len(stack['body']))
+        else:
+            before = jax.tree.leaves(stack['body'])[0].size * len(stack['body']) \
+                if 'body' in stack else 0
+            layers = [before + int(layer)]
+        found += [f'{layer:02d}/{branch}' for layer in layers]
+    return found

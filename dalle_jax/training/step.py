@@ -1,16 +1,21 @@
 """The training step: one pure function, jitted in one place."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.sharding import PartitionSpec
 
-from dalle_jax.models.context import Context, Frozen
+from dalle_jax.models.context import Context, Frozen, unconstrained
+from dalle_jax.training import compression, precision
+from dalle_jax.training.compression import CompressionConfig, Reducer
 from dalle_jax.training.optimizer import (
-    Optimizer, OptimizerConfig, average, clip_by_norm, learning_rate, make_optimizer)
+    Optimizer, OptimizerConfig, average, average_on_host, clip_by_norm, make_optimizer, step_size,
+    stored)
+from dalle_jax.training.partition import replicated
 
 
 class State(NamedTuple):
@@ -19,9 +24,12 @@ class State(NamedTuple):
     Attributes:
       step: int32, batches seen: the data position; always advances.
       updates: int32, updates applied; drives the schedules and the bias correction.
-      params, model_state: the model's trees, float32.
+      params: the model's, in OptimizerConfig.params_format.
+      model_state: the model's other tree, float32.
       moments: the optimiser's.
-      averages: exponential average of params, or {} where the run keeps none.
+      scales: precision.Scales of the resblocks, or {} where the run has none.
+      residual: the reducer's state, such as error buffers of compressed gradients, or {}.
+      averages: exponential average of params, float32, or {} where the run keeps none.
       key: PRNG key data of the run; step s uses fold_in(key, s).
     """
 
@@ -30,20 +38,63 @@ class State(NamedTuple):
     params: Any
     model_state: Any
     moments: Any
+    scales: Any
+    residual: Any
     averages: Any
     key: jax.Array
 
 
 class Task(NamedTuple):
-    """What is trained: all of it static, none of it traced."""
+    """What is trained, and how: all of it static, none of it traced.
+
+    Attributes:
+      dtype: of matrix products; with float16 resblocks have gradient scales.
+      batch_size: examples of a step, in all microbatches and on all devices.
+      partition: partition.Partitioner of the mesh, or `unconstrained` without one.
+    """
 
     model: ModuleType
     config: Any
     optimizer: OptimizerConfig
-    microbatches: int
-    dtype: Any
-    prng: str
-    constrain: Any
+    batch_size: int
+    compression: CompressionConfig = CompressionConfig()
+    microbatches: int = 1
+    dtype: Any = jnp.float32
+    prng: str = 'threefry2x32'
+    partition: Any = unconstrained
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the resblocks have gradient scales."""
+        return self.dtype == jnp.float16
+
+    @property
+    def replicas(self) -> int:
+        """Whose gradients a reducer gets one by one; 0 where the compiler adds them up."""
+        return self.partition.mesh.shape['replica'] if self.compression.rank else 0
+
+
+def check(task: Task) -> None:
+    """Raises ValueError where the parts of a task do not go together."""
+    name = task.model.__name__.split('.')[-1]
+    couples = getattr(task.model, 'couples_batch', False)
+    if task.scaled and not hasattr(task.model, 'branches'):
+        raise ValueError(f"precision 'float16' needs gradient scales, which {name} has not; choose "
+                         "'bfloat16' or 'float32'")
+    if task.microbatches > 1 and couples:
+        raise ValueError(f'{name} compares the examples of a batch with each other, so '
+                         f'loop.microbatches={task.microbatches} would change the loss; set it '
+                         'to 1')
+    if task.compression.rank and couples:
+        raise ValueError(f'{name} compares the examples of a batch with each other, so replicas '
+                         'have no gradients of their own; set compression.rank to 0')
+    if task.compression.rank and (task.partition is unconstrained or task.replicas < 2):
+        raise ValueError(f'compression.rank={task.compression.rank} compresses what replicas send '
+                         'each other, and there is one; set mesh.replica to 2 or more, or '
+                         'compression.rank to 0')
+
+
+# -- the state -----------------------------------------------------------------------------------
 
 
 def init_state(task: Task, seed: int) -> State:
@@ -54,20 +105,104 @@ def init_state(task: Task, seed: int) -> State:
 
 
 def fresh_state(task: Task, params: Any, model_state: Any, key: jax.Array) -> State:
-    """A state at step 0 with the given parameters."""
+    """A state at step 0 with the given parameters, float32."""
     averages = jax.tree.map(jnp.copy, params) if task.optimizer.average_decay else {}
-    return State(jnp.int32(0), jnp.int32(0), params, model_state,
-                 make_optimizer(task.optimizer, params).init(params), averages,
-                 jax.random.key_data(key))
+    scales = precision.init(task.model.branches(task.config), task.batch_size) if task.scaled else {}
+    return State(jnp.int32(0), jnp.int32(0), stored(params, task.optimizer), model_state,
+                 make_optimizer(task.optimizer, params).init(params), scales,
+                 _reducer(task, params).init(), averages, jax.random.key_data(key))
+
+
+def abstract_state(task: Task) -> State:
+    """Shapes and dtypes of the state and, on a mesh, shardings.
+
+    Raises:
+      ValueError: the task does not go together, or the mesh does not divide an array.
+    """
+    check(task)
+    state = jax.eval_shape(lambda: init_state(task, 0))
+    if task.partition is unconstrained:
+        return state
+    placed = _param_shardings(task, state.params)
+    shardings = task.partition.like_params(state, state.params, placed)._replace(
+        residual=_reducer(task, state.params).shardings)
+    if task.optimizer.average_memory == 'host':
+        shardings = shardings._replace(averages=jax.tree.map(
+            lambda s: s.with_memory_kind('pinned_host'), shardings.averages))
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                        state, shardings)
+
+
+def create_state(task: Task, seed: int) -> State:
+    """`init_state`, each array made where it lives: none ever exists undivided."""
+    abstract = abstract_state(task)
+    placed = shardings(on_device(task, abstract))
+    state = jax.jit(lambda: on_device(task, init_state(task, seed)), out_shardings=placed)()
+    if task.optimizer.average_memory == 'host' and abstract.averages:
+        # Leaf by leaf: the device may have no room for all.
+        state = state._replace(averages=jax.tree.map(
+            lambda p, a: jax.device_put(p.astype(a.dtype), a.sharding),
+            state.params, abstract.averages))
+    return state
+
+
+def shardings(tree: Any) -> Any:
+    """Of arrays or ShapeDtypeStructs."""
+    return jax.tree.map(lambda a: a.sharding, tree)
 
 
 def best_params(state: State) -> Any:
-    """What validation, sampling and later stages use: the averages where they are kept."""
-    return state.averages or state.params
+    """What validation, sampling and later stages use: the averages where they are kept.
+
+    Averages in the host's memory are copied to where the parameters live, in their dtype.
+    """
+    if not state.averages:
+        return state.params
+
+    def one(held, param):
+        if held.sharding.memory_kind == param.sharding.memory_kind:
+            return held
+        return jax.device_put(held, param.sharding).astype(param.dtype)
+    return jax.tree.map(one, state.averages, state.params)
+
+
+def _param_shardings(task, params):
+    return task.partition.shardings(task.model.axes(task.config), params)
+
+
+def _reducer(task: Task, params: Any) -> Reducer:
+    """How replicas agree on a gradient."""
+    if not task.compression.rank:
+        return compression.averaging()
+    return compression.powersgd(task.compression, params, _param_shardings(task, params))
+
+
+def abstract_saved(task: Task, abstract: State) -> State:
+    """Of what `to_saved` returns, like `abstract_state`."""
+    saved = jax.eval_shape(_reducer(task, abstract.params).to_saved, abstract.residual)
+    placed = task.partition.like_params(saved, abstract.params, shardings(abstract.params))
+    return abstract._replace(residual=jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), saved, placed))
+
+
+def to_saved(task: Task, state: State) -> State:
+    """What a checkpoint holds: of any number of replicas the same."""
+    return state._replace(residual=jax.jit(_reducer(task, state.params).to_saved)(state.residual))
+
+
+def from_saved(task: Task, saved: State) -> State:
+    """The state of what a checkpoint holds."""
+    reducer = _reducer(task, saved.params)
+    return saved._replace(residual=jax.jit(
+        reducer.from_saved, out_shardings=reducer.shardings)(saved.residual))
+
+
+# -- the step ------------------------------------------------------------------------------------
 
 
 def train_step(state: State, batch: Mapping[str, jax.Array], frozen: Mapping[str, Any], *,
-               task: Task, optimizer: Optimizer) -> tuple[State, dict[str, jax.Array]]:
+               task: Task, optimizer: Optimizer, reducer: Reducer
+               ) -> tuple[State, dict[str, jax.Array]]:
     """One update.
 
     Args:
@@ -77,50 +212,78 @@ def train_step(state: State, batch: Mapping[str, jax.Array], frozen: Mapping[str
     Returns:
       the new state and float32 scalars: the loss, its terms, the model's metrics, the gradient
       norm, the step size, and 'skipped': 1 where the loss or the gradient is not finite, and then
-      nothing but the step count has changed.
+      parameters, moments and the count of updates have not changed. With gradient scales also
+      vectors of all resblocks, named by precision.names: 'log2_scale', and 'overflow', 1 where
+      its gradient was not finite.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=task.prng), state.step)
-    grads, metrics, model_state = _gradients(state, batch, frozen, key, task)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
-    params, moments = optimizer.update(
-        state.params, clip_by_norm(grads, norm, task.optimizer.clip), state.moments, state.updates)
+    grads, counts, metrics, model_state = _gradients(state, batch, frozen, key, task)
+    reduced = reducer.reduce(grads, state.residual)
+    finite = jnp.isfinite(metrics['loss']) & reduced.finite
+    clipped = clip_by_norm(reduced.grads, reduced.norm, task.optimizer.clip)
+    params, moments = optimizer.update(state.params, clipped, state.moments, state.updates,
+                                       metrics['loss'])
     if hasattr(task.model, 'constrain_params'):
         params = task.model.constrain_params(params)
-    updates = state.updates + 1
-    averages = average(state.averages, params, updates, task.optimizer) if state.averages else {}
-    updated = State(state.step, updates, params, model_state, moments, averages, state.key)
+    metrics |= {'gradient_norm': reduced.norm, 'skipped': 1.0 - finite,
+                'learning_rate': step_size(task.optimizer, state.moments, state.updates)}
+
+    updated = state._replace(updates=state.updates + 1, params=params, model_state=model_state,
+                             moments=moments)
     # `where` on every leaf instead of lax.cond: donated buffers are reused either way.
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-    metrics |= {'gradient_norm': norm, 'skipped': 1.0 - finite,
-                'learning_rate': learning_rate(task.optimizer)(state.updates)}
-    return state._replace(step=state.step + 1), metrics
+    state = state._replace(step=state.step + 1, residual=reduced.state)
+    if state.averages:
+        state = state._replace(averages=average(state.averages, state.params, state.step,
+                                                task.optimizer))
+    if state.scales:
+        metrics |= {'log2_scale': jnp.log2(precision.vector(state.scales.value)),
+                    'overflow': (precision.vector(counts) > 0).astype(jnp.float32)}
+        state = state._replace(scales=precision.updated(state.scales, counts, task.batch_size))
+    return state, metrics
 
 
-def make_train(task: Task, state: State, group: int = 1, shardings: State | None = None):
+def make_train(task: Task, abstract: State, group: int = 1):
     """The jitted training function over a group of steps.
 
     Args:
-      state: the State or its ShapeDtypeStructs.
+      abstract: of the state, see `abstract_state`.
       group: steps of one dispatch. Above 1 they are a scan, which saves the host's time where
         steps take less than a millisecond. Not on CPU: XLA runs convolutions inside a loop on one
         thread and 10 to 20 times slower than outside.
 
-      shardings: of the state that comes out; None leaves them to the compiler.
-
     Returns:
       (state, batches, frozen params, frozen static) -> (state, metrics): with group > 1 the
-      batches have a leading axis of steps, and so have the metrics. The state is donated.
+      batches have a leading axis of steps, and so have the metrics. The state is donated, and
+      comes out where `abstract` says. Averages on the host stay out of it: give averages={}.
     """
-    optimizer = make_optimizer(task.optimizer, state.params)
+    optimizer = make_optimizer(task.optimizer, abstract.params)
+    reducer = _reducer(task, abstract.params)
 
     def train(state, batches, frozen_params, frozen_static):
         def one(state, batch):
             return train_step(state, batch, bind(frozen_static, frozen_params), task=task,
-                              optimizer=optimizer)
+                              optimizer=optimizer, reducer=reducer)
         return one(state, batches) if group == 1 else jax.lax.scan(one, state, batches)
 
-    return jax.jit(train, static_argnums=3, donate_argnums=0, out_shardings=(shardings, None))
+    placed = None
+    if task.partition is not unconstrained:
+        placed = shardings(on_device(task, abstract)), replicated(task.partition.mesh)
+    return jax.jit(train, static_argnums=3, donate_argnums=0, out_shardings=placed)
+
+
+def on_device(task: Task, state: State) -> State:
+    """The part of the state that a training step gets: all but averages on the host."""
+    return state._replace(averages={}) if task.optimizer.average_memory == 'host' else state
+
+
+def with_averages(task: Task, state: State, averages: Any, step: int) -> State:
+    """The state that came out of a training step, with the averages on the host after `step`."""
+    if not averages or task.optimizer.average_memory == 'device':
+        return state
+    if step % task.optimizer.average_every == 0:
+        averages = average_on_host(averages, state.params, task.optimizer)
+    return state._replace(averages=averages)
 
 
 def make_validate(task: Task):
@@ -131,7 +294,7 @@ def make_validate(task: Task):
     def validate(params, model_state, batch, step, frozen_params, frozen_static):
         # A fixed key: noise in a validation loss is the same at every step of a run.
         ctx = Context(task.config, jax.random.key(0, impl=task.prng), step, False,
-                      bind(frozen_static, frozen_params), task.dtype, task.constrain)
+                      bind(frozen_static, frozen_params), task.dtype, task.partition)
         terms, metrics, _ = task.model.loss(params, model_state, batch, ctx)
         return terms, metrics
 
@@ -160,41 +323,89 @@ def bind(static: tuple, params: Mapping[str, Any]) -> dict[str, Any]:
     return {role: Frozen(module, config, params[role]) for role, module, config in static}
 
 
+# -- gradients -----------------------------------------------------------------------------------
+
+
 def _gradients(state, batch, frozen, key, task):
-    """Gradients of the objective over the global batch, in microbatches if asked for."""
-    def objective(params, batch, key, counts):
-        ctx = Context(task.config, key, state.updates, True, frozen, task.dtype, task.constrain)
-        terms, metrics, model_state = task.model.loss(params, state.model_state, batch, ctx)
-        total = sum(t.weight * t.sum / (t.count if counts is None else counts[name])
-                    for name, t in terms.items())
-        return total, (terms, metrics, model_state)
+    """Gradients of the objective over the global batch, and what is not finite in them.
 
+    Returns:
+      grads, for a reducer with replicas leading; counts like state.scales.value, or {}; the
+      metrics; the model's new state.
+    """
+    static = tuple((role, f.module, f.config) for role, f in frozen.items())
+    frozen_params = {role: f.params for role, f in frozen.items()}
+
+    def local(params, model_state, values, updates, batch, key, frozen_params, axis=None):
+        return _local_gradients(params, model_state, values, updates, batch, key,
+                                bind(static, frozen_params), task, axis)
+
+    values = state.scales.value if state.scales else {}
+    given = (state.params, state.model_state, values, state.updates, batch, key, frozen_params)
+    if not task.replicas:
+        return local(*given)
+    whole, part = PartitionSpec(), PartitionSpec('replica')
+    return jax.shard_map(
+        functools.partial(local, axis='replica'), mesh=task.partition.mesh, check_vma=False,
+        axis_names={'replica'}, in_specs=(whole, whole, whole, whole, part, whole, whole),
+        out_specs=(part, whole, whole, whole))(*given)
+
+
+def _local_gradients(params, model_state, values, updates, batch, key, frozen, task, axis):
+    """`_gradients` of the examples that are here: all of them, or those of a replica."""
+    if axis:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    flags = jax.tree.map(jnp.zeros_like, values)
+
+    def over_replicas(tree, combine):
+        return jax.tree.map(lambda x: combine(x, axis), tree) if axis else tree
+
+    def objective(trained, batch, key, counts):
+        params, flags = trained
+        ctx = Context(task.config, key, updates, True, frozen, task.dtype, task.partition,
+                      precision.with_flags(values, flags))
+        terms, metrics, new_state = task.model.loss(params, model_state, batch, ctx)
+        if counts is None:
+            # The mean: replicas' gradients are averaged, and their counts may differ.
+            counts = over_replicas({name: t.count for name, t in terms.items()}, jax.lax.pmean)
+        total = sum(t.weight * t.sum / counts[name] for name, t in terms.items())
+        return total, (terms, metrics, new_state)
+
+    gradient = jax.grad(objective, has_aux=True)
     if task.microbatches == 1:
-        grads, (terms, metrics, model_state) = jax.grad(objective, has_aux=True)(
-            state.params, batch, key, None)
-        return grads, means(terms, metrics), model_state
+        (grads, nonfinite), (terms, metrics, new_state) = gradient(
+            (params, flags), batch, key, None)
+    else:
+        (grads, nonfinite), (terms, metrics, new_state) = _accumulated(
+            objective, gradient, (params, flags), batch, key, task.microbatches, over_replicas)
+    grads = precision.unscaled(grads, values)
+    sums = {name: (t.sum, t.count) for name, t in terms.items()}, metrics, nonfinite
+    sums, metrics, nonfinite = over_replicas(jax.tree.map(jnp.asarray, sums), jax.lax.psum)
+    terms = {name: t._replace(sum=sums[name][0], count=sums[name][1]) for name, t in terms.items()}
+    if axis:
+        grads = jax.tree.map(lambda g: g[None], grads)
+    return grads, nonfinite, means(terms, metrics), new_state
 
-    n = task.microbatches
-    if getattr(task.model, 'couples_batch', False):
-        raise ValueError(f'{task.model.__name__} compares the examples of a batch with each other, '
-                         f'so loop.microbatches={n} would change the loss; set it to 1')
-    parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+
+def _accumulated(objective, gradient, trained, batch, key, n, over_replicas):
+    """Gradients, added up in float32, and terms of n microbatches."""
+    # Neighbours go to different microbatches, so that a batch's division over devices stays.
+    parts = jax.tree.map(lambda x: x.reshape(len(x) // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, n)
     # Counts depend on the batch alone, so the compiler drops the forward pass of this first loop.
     counts = jax.lax.map(lambda a: {name: jnp.asarray(t.count, jnp.float32) for name, t in
-                                    objective(state.params, *a, None)[1][0].items()},
-                         (parts, keys))
+                                    objective(trained, *a, None)[1][0].items()}, (parts, keys))
     counts = jax.tree.map(jnp.sum, counts)
+    mean_counts = over_replicas(counts, jax.lax.pmean)
 
     def body(total, part_and_key):
-        grads, (terms, metrics, model_state) = jax.grad(objective, has_aux=True)(
-            state.params, *part_and_key, counts)
+        grads, (terms, metrics, new_state) = gradient(trained, *part_and_key, mean_counts)
         sums = jax.tree.map(jnp.asarray, (terms, metrics))
-        return jax.tree.map(jnp.add, total, grads), (*sums, model_state)
+        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), (*sums, new_state)
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    grads, (terms, metrics, model_state) = jax.lax.scan(body, zeros, (parts, keys))
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+    grads, (terms, metrics, new_state) = jax.lax.scan(body, zeros, (parts, keys))
     terms = {name: t._replace(sum=t.sum.sum(), count=counts[name], weight=jnp.max(t.weight))
              for name, t in terms.items()}
     metrics = jax.tree.map(jnp.sum, metrics)
-    return grads, means(terms, metrics), jax.tree.map(lambda x: x[-1], model_state)
+    return grads, (terms, metrics, jax.tree.map(lambda x: x[-1], new_state))

@@ -261,7 +261,7 @@ def test_kernels_in_a_transformer_on_a_mesh(name, remat, mesh, monkeypatch):
 
     mesh = partition.make_mesh(partition.MeshConfig(**mesh))
     got = gradients(dataclasses.replace(config, attention=name), remat=remat,
-                    constrain=partition.Constrainer(mesh))
+                    constrain=partition.Partitioner(mesh))
     expected = map(np.asarray, jax.tree.leaves(gradients(config)))
     assert max(errors(jax.tree.leaves(got), expected)) < 1e-5
 

@@ -8,6 +8,7 @@ import pytest
 
 from dalle_jax.models import scaling, transformer
 from dalle_jax.models.transformer import BlockConfig, dalle_patterns
+from dalle_jax.training import precision
 from tests.models.test_transformer import LAYOUT, inputs
 
 CONFIG = BlockConfig(9, 32, 2, dalle_patterns(9), LAYOUT, std=0.1)
@@ -37,7 +38,8 @@ def gradients(dtype, cotangent, values=None, remat='none'):
         out = transformer.forward(params, CONFIG, x, dtype=dtype, remat=remat, scales=scales)
         return (out * cotangent * COTANGENT).sum()
 
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(PARAMS, X, scales_of(0.0)[1])
+    of_params, *rest = jax.jit(jax.grad(loss, (0, 1, 2)))(PARAMS, X, scales_of(0.0)[1])
+    return precision.unscaled(of_params, values or {}), *rest
 
 
 def relative_error(got, expected):

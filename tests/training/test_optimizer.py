@@ -25,7 +25,7 @@ def test_adamw_equals_optax():
                          mask=lib.matching(r'up$', PARAMS))
     p, m, q, s = PARAMS, ours.init(PARAMS), PARAMS, theirs.init(PARAMS)
     for i in range(12):
-        p, m = ours.update(p, gradients(i), m, jnp.int32(i))
+        p, m = ours.update(p, gradients(i), m, jnp.int32(i), 0.0)
         step, s = theirs.update(gradients(i), s, q)
         q = optax.apply_updates(q, step)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), p, q)
@@ -35,7 +35,7 @@ def test_only_matching_parameters_decay():
     config = lib.OptimizerConfig(peak_lr=1.0, schedule='constant', weight_decay=0.5, decay=r'up$')
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     new, _ = lib.make_optimizer(config, PARAMS).update(
-        PARAMS, zeros, lib.make_optimizer(config, PARAMS).init(PARAMS), jnp.int32(0))
+        PARAMS, zeros, lib.make_optimizer(config, PARAMS).init(PARAMS), jnp.int32(0), 0.0)
     mlp, old = new['tail']['0']['mlp'], PARAMS['tail']['0']['mlp']
     np.testing.assert_allclose(mlp['up'], 0.5 * old['up'], rtol=1e-6)
     np.testing.assert_array_equal(mlp['up_bias'], old['up_bias'])
@@ -47,7 +47,7 @@ def test_running_variance_is_clipped():
     opt = lib.make_optimizer(config, {'w': jnp.zeros(2)})
     grads = {'w': jnp.array([100.0, 1.0])}
     new, moments = opt.update({'w': jnp.zeros(2)}, grads, opt.init({'w': jnp.zeros(2)}),
-                              jnp.int32(0))
+                              jnp.int32(0), 0.0)
     np.testing.assert_allclose(moments['variance']['w'], [5.0, 0.5])
     # mean / unbias = gradient; variance / unbias = 5 / 0.5 where clipped.
     np.testing.assert_allclose(new['w'], [-100 / np.sqrt(10.0), -1.0], rtol=1e-6)
@@ -97,7 +97,7 @@ def test_muon_moves_along_orthogonal_matrices():
     config = lib.OptimizerConfig(peak_lr=1.0, schedule='constant', name='muon', muon=r'up$',
                                  decay='none')
     opt = lib.make_optimizer(config, PARAMS)
-    new, _ = opt.update(PARAMS, gradients(0), opt.init(PARAMS), jnp.int32(0))
+    new, _ = opt.update(PARAMS, gradients(0), opt.init(PARAMS), jnp.int32(0), 0.0)
     step = new['tail']['0']['mlp']['up'] - PARAMS['tail']['0']['mlp']['up']
     singular = np.linalg.svd(np.asarray(step), compute_uv=False)
     # Newton-Schulz brings singular values near 1 (0.7 to 1.2), times 0.2 sqrt(max(3, 4)).

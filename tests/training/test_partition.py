@@ -28,19 +28,62 @@ def test_impossible_meshes_are_named(config, message):
 
 
 def test_logical_axes_become_mesh_axes():
-    assert lib.spec(('embed', 'mlp'), (4, 6), TWO) == PartitionSpec('fsdp', 'tensor')
-    assert lib.spec((None, 'unlisted'), (3, 5), TWO) == PartitionSpec(None, None)
-    with pytest.raises(ValueError, match=r"up \(5, 6\).*'embed' has 5 entries, which 2 devices"):
-        lib.spec(('embed', 'mlp'), (5, 6), TWO, 'up')
+    placed = lib.Partitioner(TWO)
+    assert placed.spec(('embed', 'mlp'), (4, 6)) == PartitionSpec('fsdp', 'tensor')
+    assert placed.spec((None, 'unlisted'), (3, 5)) == PartitionSpec(None, None)
+    assert placed.spec(('batch', None), (4, 3)) == PartitionSpec(('replica', 'fsdp'), None)
     with pytest.raises(ValueError, match='two dimensions live on the same mesh axis'):
-        lib.spec(('embed', 'vocab'), (4, 4), TWO, 'table')
+        placed.spec(('embed', 'vocab'), (4, 4), 'table')
+
+
+def test_rules_can_be_overridden():
+    placed = lib.Partitioner(TWO, 'embed=,heads=fsdp,mlp=fsdp+tensor')
+    assert placed.spec(('embed', 'mlp'), (4, 6)) == PartitionSpec(None, ('fsdp', 'tensor'))
+    assert placed.spec(('heads', 'embed'), (4, 6)) == PartitionSpec('fsdp', None)
+    assert lib.Partitioner(TWO).spec(('heads',), (4,)) == PartitionSpec('tensor')
+
+
+@pytest.mark.parametrize('rules,message', [
+    ('embd=fsdp', r"has 'embd=fsdp'; write .* AXIS of embed, vocab, heads, mlp"),
+    ('embed', r"has 'embed'; write AXIS=MESHAXIS"),
+    ('batch=fsdp', r"has 'batch=fsdp'"),
+    ('embed=replica', r"parameters live on fsdp and tensor, not on replica"),
+    ('mlp=fsdp+model', r"not on model"),
+])
+def test_wrong_rules_are_named(rules, message):
+    with pytest.raises(ValueError, match=message):
+        lib.MeshConfig(rules=rules)
+
+
+def test_what_the_mesh_does_not_divide_is_named():
+    """The 12B model's width is 2^7 * 31, its heads are 62."""
+    mesh = jax.sharding.AbstractMesh((2, 24, 4), lib.AXES)
+    placed = lib.Partitioner(mesh)
+    with pytest.raises(ValueError, match=(
+            r"up \(3968, 5\) with axes .*'embed' has 3968 entries, which fsdp = 24 does not "
+            'divide; 16 or 31 would')):
+        placed.spec(('embed', None), (3968, 5), 'up')
+    with pytest.raises(ValueError, match="'heads' has 62 entries, which tensor = 4.*; 2 or 31"):
+        placed.spec(('batch', 'heads'), (48, 62), 'activation')
+    with pytest.raises(ValueError, match='replica x fsdp = 48 does not divide; 32 or 64 would'):
+        placed.spec(('batch',), (64,))
+
+
+@pytest.mark.parametrize('batch_size,microbatches,near', [
+    (100, 1, '96 or 144'), (96, 4, '192'), (20, 1, '48')])
+def test_a_batch_that_the_mesh_cannot_split(batch_size, microbatches, near):
+    mesh = jax.sharding.AbstractMesh((2, 24, 4), lib.AXES)
+    with pytest.raises(ValueError, match=f'batch_size={batch_size} .* 48 ways .*; {near} can'):
+        lib.check_batch(mesh, batch_size, microbatches)
+    lib.check_batch(mesh, 192, 4)
 
 
 def test_moments_and_averages_live_where_their_parameters_live():
     params = {'a': {'w': jnp.zeros((4, 2)), 'b': jnp.zeros(3)}}
-    placed = lib.shardings({'a': {'w': ('embed', None), 'b': (None,)}}, params, TWO)
+    part = lib.Partitioner(TWO)
+    placed = part.shardings({'a': {'w': ('embed', None), 'b': (None,)}}, params)
     tree = {'params': params, 'moments': {'mean': params, 'count': jnp.zeros(())}, 'averages': {}}
-    found = lib.like_params(tree, placed, params, TWO)
+    found = part.like_params(tree, params, placed)
     assert found['moments']['mean']['a']['w'].spec == PartitionSpec('fsdp', None)
     assert found['params']['a']['b'].spec == PartitionSpec(None)
     assert found['moments']['count'].spec == PartitionSpec()
@@ -71,16 +114,13 @@ def test_two_devices_train_like_one(name):
     losses = []
     other = TWO if name != 'clip' else lib.make_mesh(lib.MeshConfig(replica=2, fsdp=1))
     for mesh in (lib.make_mesh(lib.MeshConfig(), jax.devices()[:1]), other):
-        task = step_lib.Task(model, config, OptimizerConfig(peak_lr=1e-3, schedule='constant'), 1,
-                             jnp.float32, 'threefry2x32', lib.Constrainer(mesh))
-        abstract = jax.eval_shape(lambda: step_lib.init_state(task, 0))
-        placed = lib.like_params(abstract, lib.shardings(model.axes(config), abstract.params, mesh),
-                                 abstract.params, mesh)
-        state = jax.jit(lambda: step_lib.init_state(task, 0), out_shardings=placed)()
+        task = step_lib.Task(model, config, OptimizerConfig(peak_lr=1e-3, schedule='constant'), 4,
+                             partition=lib.Partitioner(mesh))
+        state = step_lib.create_state(task, 0)
         if mesh is TWO and name == 'dalle':  # no device holds all of a matrix
             kernel = state.params['transformer']['tail']['0']['mlp']['up']['kernel']
             assert kernel.addressable_shards[0].data.shape == (8, 64)
-        train = step_lib.make_train(task, state)
+        train = step_lib.make_train(task, step_lib.abstract_state(task))
         for _ in range(4):
             state, metrics = train(state, lib.put_batch(batch, mesh), {}, ())
             losses.append((float(metrics['loss']), float(metrics['gradient_norm'])))

@@ -1,0 +1,175 @@
+"""Several processes that train together: how they meet, agree, and stop.
+
+Each process runs the same command. It has its own devices and its own rows of every batch; all
+programs run in all processes at once, so that what one of them does alone must not use the mesh.
+"""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+START_SECONDS = 300  # in which all processes must have started
+
+
+class ProcessError(RuntimeError):
+    """Processes cannot work together; the message says which, why, and the remedy."""
+
+
+def define_flags():
+    """Declares --distributed and --heartbeat."""
+    from absl import flags
+
+    return (
+        flags.DEFINE_string(
+            'distributed', '', "'' is a process alone. 'auto': the processes find each other (TPU "
+            'pods, SLURM, Kubernetes, MPI). HOST:PORT,COUNT,INDEX: where the first of COUNT '
+            'processes listens, and which this one is.'),
+        flags.DEFINE_integer(
+            'heartbeat', 100, 'Seconds after which a silent process is taken for dead, and all '
+            'end.', lower_bound=1))
+
+
+def start(spec: str, heartbeat: int = 100) -> None:
+    """Joins the other processes; before jax touches a device, and after it knows how many it has.
+
+    Args:
+      spec: of the flag --distributed.
+      heartbeat: seconds.
+
+    Raises:
+      ProcessError: a malformed spec, or no coordinator in START_SECONDS.
+    """
+    if not spec:
+        return
+    import jax
+
+    given = {}
+    if spec != 'auto':
+        try:
+            address, count, index = spec.split(',')
+            given = dict(coordinator_address=address, num_processes=int(count),
+                         process_id=int(index))
+            assert ':' in address and 0 <= int(index) < int(count)
+        except (ValueError, AssertionError):
+            raise ProcessError(f"--distributed={spec!r}; give 'auto', or HOST:PORT,COUNT,INDEX "
+                               'with INDEX below COUNT, such as 10.0.0.1:8476,4,0') from None
+    try:
+        jax.distributed.initialize(
+            **given, heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=int(os.environ.get('DALLE_JAX_START_SECONDS', START_SECONDS)))
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f'--distributed={spec}: the processes did not meet: {_first_line(error)}. Are all '
+            'started, with the same address and count, and is the port of the first one open?'
+            ) from error
+    logging.info('process %d of %d', jax.process_index(), jax.process_count())
+
+
+def primary() -> bool:
+    """Whether this process writes what is written once; a process alone is."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """What one process meets in this block, all raise at its end, instead of waiting for it.
+
+    Nothing in the block may need the other processes.
+
+    Raises:
+      ProcessError: in the processes that had none; names those that had, and their errors.
+    """
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    told = gather('' if error is None else f'{type(error).__name__}: {error}')
+    if error is not None:
+        raise error
+    failed = {index: text for index, text in enumerate(told) if text}
+    if failed:
+        index, text = next(iter(failed.items()))
+        raise ProcessError(f'{what} failed in {len(failed)} of {len(told)} processes; in process '
+                           f'{index}: {text}')
+
+
+def from_primary(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the first process, a value for JSON, in all of them."""
+    from jax.experimental import multihost_utils
+
+    with together('the first process'):
+        data = json.dumps(make()).encode() if primary() else b''
+    size = max(int(n) for n in gather(str(len(data))))
+    padded = np.zeros(size, np.uint8)
+    padded[:len(data)] = np.frombuffer(data, np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """Makes sure that all processes have the same facts, values for JSON.
+
+    Raises:
+      ProcessError: in all processes; names the keys in which they differ, and the values.
+    """
+    told = [json.loads(text) for text in gather(json.dumps(facts))]
+    for index, other in enumerate(told):
+        different = [key for key in {**told[0], **other} if told[0].get(key) != other.get(key)]
+        if different:
+            listed = '; '.join(f'{key} is {told[0].get(key)!r} in process 0 and {other.get(key)!r} '
+                               f'in process {index}' for key in different[:4])
+            raise ProcessError(f'the processes do not run the same thing: {listed}. Start all with '
+                               'the same command, code and packages')
+
+
+def gather(text: str) -> list[str]:
+    """The texts of all processes, in their order, in all of them."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).ravel()
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[:len(data)] = data
+    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes)]
+
+
+def total(number: int) -> int:
+    """Of the numbers of all processes."""
+    return sum(int(text) for text in gather(str(number)))
+
+
+def whole(tree: Any) -> Any:
+    """numpy arrays of a tree of arrays that may be divided over the processes."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def must_stop(step: int) -> bool:
+    """Whether a process was told to end (SIGTERM) and all stop after this same step.
+
+    To be called once a step in all processes, with steps that rise alike. The one that got the
+    signal goes on until the others have heard of it.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

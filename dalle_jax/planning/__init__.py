@@ -1,0 +1,1 @@
+"""What a training step will need on accelerators that need not be there: memory, network, time."""
