@@ -8,6 +8,8 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -159,16 +161,43 @@ def whole(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def must_stop(step: int) -> bool:
-    """Whether a process was told to end (SIGTERM) and all stop after this same step.
+class StopSignal:
+    """A context in which signals ask for a save and a clean end.
 
-    To be called once a step in all processes, with steps that rise alike. The one that got the
-    signal goes on until the others have heard of it.
+    Of a process alone SIGTERM and SIGINT; a second one kills as usual. Of several processes
+    SIGTERM, to any of them: jax passes it on, and all stop after the same step.
     """
-    import jax
-    from jax.experimental import multihost_utils
 
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+    def __enter__(self):
+        import jax
+
+        self._requested, self._previous, self._asked = False, {}, -1
+        self._alone = jax.process_count() == 1
+        if self._alone and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        del frame
+        self._requested = True
+        signal.signal(number, self._previous[number])
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step. To be called in all processes, with steps that rise."""
+        if self._alone:
+            return self._requested
+        from jax.experimental import multihost_utils
+
+        # jax answers for one number only, one above the largest asked so far, which a step that
+        # follows a restored one, or several at once, may have passed.
+        numbers = range(self._asked + 1, step + 1)
+        self._asked = step
+        return any([multihost_utils.reached_preemption_sync_point(n) for n in numbers])
 
 
 def _first_line(error):

@@ -2,6 +2,7 @@
 
     <workdir>/config.json      the resolved experiment: `config.resolve` rebuilds it
               checkpoints/     orbax steps
+              logs/            of the processes, where a launcher started several
               metrics.jsonl    one JSON object a line: kind, step, time, values
               tensorboard/     the same scalars
               tokenizer.model  the BPE, where the run reads captions
@@ -57,7 +58,7 @@ class Run:
         stored = self.path / 'config.json'
         if not stored.exists():
             strangers = sorted(p.name for p in self.path.iterdir()
-                               if p.name != 'lock' and p.suffix != '.tmp')
+                               if p.name not in ('lock', 'logs') and p.suffix != '.tmp')
             if strangers:
                 raise RunError(f'{self.path} is not empty (it holds {", ".join(strangers[:5])}) '
                                'and has no config.json, so it is no run; give another --workdir')

@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import signal
-import threading
 import time
 
 import jax
@@ -142,7 +140,7 @@ def _train(inputs: Inputs, mesh, log):
     window, pending, values, metrics, done, told = [], None, {}, {}, first, 0
     stack = contextlib.ExitStack()
     stack.callback(checkpoints.close)
-    stop = stack.enter_context(_StopSignal())
+    stop = stack.enter_context(distributed.StopSignal())
     batches = stack.enter_context(batches_of['training'].prefetch(
         first, loop.steps, group=loop.group, workers=experiment.data.workers))
     with stack:
@@ -166,7 +164,7 @@ def _train(inputs: Inputs, mesh, log):
             if done == prepare_at:
                 state = _prepare(state, inputs, name, log)
             last = done == loop.steps
-            stopping = (distributed.must_stop(done) or stop.requested) and not last
+            stopping = stop.after(done) and not last
             due = {what: last or every and done % every == 0 for what, every in (
                 ('valid', loop.valid_every), ('snapshot', loop.snapshot_every),
                 ('save', loop.save_every))}
@@ -284,31 +282,6 @@ def _tell_problems(name, pipeline, told):
     for example in examples[told:]:
         runs.say(f'{name}: left out {example}')
     return len(examples)
-
-
-class _StopSignal:
-    """SIGTERM and SIGINT ask for a save and a clean end; a second one kills as usual.
-
-    Of several processes SIGTERM is jax's, which tells the others, see distributed.must_stop.
-    """
-
-    def __enter__(self):
-        self.requested = False
-        self._previous = {}
-        alone = jax.process_count() == 1
-        if alone and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        del frame
-        self.requested = True
-        signal.signal(number, self._previous[number])
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def main(argv):

@@ -13,7 +13,7 @@ import jax  # noqa: E402
 jax.config.update('jax_num_cpu_devices', 2)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-LONGEST = ('test_end_to_end.py', 'test_train.py', 'test_experiments.py')
+LONGEST = ('test_end_to_end.py', 'test_train.py', 'test_mesh.py', 'test_experiments.py')
 
 
 def pytest_collection_modifyitems(items):

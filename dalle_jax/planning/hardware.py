@@ -55,7 +55,7 @@ class Chip:
 # GPUs: data sheets 'H100 Tensor Core GPU' and 'H200 Tensor Core GPU' (NVIDIA, 2023 and 2024), the
 # SXM boards; half of the FLOP/s given there, which are with sparsity, and of NVLink's 900 GB/s in
 # both directions; data sheet 'DGX H100' (NVIDIA, 2023): a network card of 400 Gbit/s for each GPU.
-# hbm is 95 % of the memory that the driver reports, which takes XLA_PYTHON_CLIENT_MEM_FRACTION=.95.
+# hbm is 95 % of the memory that the driver reports, which takes XLA_CLIENT_MEM_FRACTION=.95.
 CHIPS = {chip.name: chip for chip in (
     # name, hbm, flops, hbm_bandwidth, inside, between, dimensions, largest
     Chip('v4', int(30.75 * GIB), 275e12, 1.2e12, 300e9, 1.6e9, 3, 4096),

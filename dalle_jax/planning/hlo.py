@@ -112,7 +112,7 @@ def _parse(text):
                 current = header[1]
                 entry = current if line.startswith('ENTRY') else entry
                 instructions, root = {}, None
-        elif line.startswith('}'):
+        elif line == '}' or line.startswith('}, execution_thread='):
             program[current] = Computation(current, instructions, root)
             current = None
         elif found := _LINE.match(line):

@@ -102,8 +102,8 @@ class OptimizerConfig:
         require(self.variance_format in formats.FORMATS, 'variance_format',
                 f'choose one of {", ".join(formats.FORMATS)}')
         if self.name == 'muon':
-            require(self.muon, 'muon', "with optimizer.name='muon' give a regular expression of the "
-                    'parameters it applies to')
+            require(self.muon, 'muon', "with optimizer.name='muon' it must be a regular expression "
+                    'of the parameters it applies to')
             require(self.schedule != 'plateau', 'schedule', "only 'adamw' has it")
             for name in ('params_format', 'mean_format', 'variance_format'):
                 require(getattr(self, name) == 'float32', name, "only 'adamw' stores 16 bits")
@@ -220,7 +220,7 @@ def matching(pattern: str, params: Any) -> Any:
 
 
 class _Leaf(NamedTuple):
-    """Of a parameter: its number, the formats it and its moments are stored in, whether it decays."""
+    """Of a parameter: its number, the formats of it and its moments, whether it decays."""
 
     index: int
     params: str

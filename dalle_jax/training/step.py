@@ -1,17 +1,16 @@
 """The training step: one pure function, jitted in one place."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from dalle_jax.models.context import Context, Frozen, unconstrained
 from dalle_jax.training import compression, precision
 from dalle_jax.training.compression import CompressionConfig, Reducer
+from dalle_jax.training.gradients import gradients
 from dalle_jax.training.optimizer import (
     Optimizer, OptimizerConfig, average, average_on_host, clip_by_norm, make_optimizer, step_size,
     stored)
@@ -107,7 +106,9 @@ def init_state(task: Task, seed: int) -> State:
 def fresh_state(task: Task, params: Any, model_state: Any, key: jax.Array) -> State:
     """A state at step 0 with the given parameters, float32."""
     averages = jax.tree.map(jnp.copy, params) if task.optimizer.average_decay else {}
-    scales = precision.init(task.model.branches(task.config), task.batch_size) if task.scaled else {}
+    scales = {}
+    if task.scaled:
+        scales = precision.init(task.model.branches(task.config), task.batch_size)
     return State(jnp.int32(0), jnp.int32(0), stored(params, task.optimizer), model_state,
                  make_optimizer(task.optimizer, params).init(params), scales,
                  _reducer(task, params).init(), averages, jax.random.key_data(key))
@@ -217,7 +218,8 @@ def train_step(state: State, batch: Mapping[str, jax.Array], frozen: Mapping[str
       its gradient was not finite.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=task.prng), state.step)
-    grads, counts, metrics, model_state = _gradients(state, batch, frozen, key, task)
+    grads, counts, (terms, sums), model_state = gradients(state, batch, frozen, key, task)
+    metrics = means(terms, sums)
     reduced = reducer.reduce(grads, state.residual)
     finite = jnp.isfinite(metrics['loss']) & reduced.finite
     clipped = clip_by_norm(reduced.grads, reduced.norm, task.optimizer.clip)
@@ -321,91 +323,3 @@ def added(parts: Sequence[tuple[Mapping, Mapping]]) -> tuple[dict, dict]:
 def bind(static: tuple, params: Mapping[str, Any]) -> dict[str, Any]:
     """Frozen models from their hashable part, ((role, module, config), ...), and their params."""
     return {role: Frozen(module, config, params[role]) for role, module, config in static}
-
-
-# -- gradients -----------------------------------------------------------------------------------
-
-
-def _gradients(state, batch, frozen, key, task):
-    """Gradients of the objective over the global batch, and what is not finite in them.
-
-    Returns:
-      grads, for a reducer with replicas leading; counts like state.scales.value, or {}; the
-      metrics; the model's new state.
-    """
-    static = tuple((role, f.module, f.config) for role, f in frozen.items())
-    frozen_params = {role: f.params for role, f in frozen.items()}
-
-    def local(params, model_state, values, updates, batch, key, frozen_params, axis=None):
-        return _local_gradients(params, model_state, values, updates, batch, key,
-                                bind(static, frozen_params), task, axis)
-
-    values = state.scales.value if state.scales else {}
-    given = (state.params, state.model_state, values, state.updates, batch, key, frozen_params)
-    if not task.replicas:
-        return local(*given)
-    whole, part = PartitionSpec(), PartitionSpec('replica')
-    return jax.shard_map(
-        functools.partial(local, axis='replica'), mesh=task.partition.mesh, check_vma=False,
-        axis_names={'replica'}, in_specs=(whole, whole, whole, whole, part, whole, whole),
-        out_specs=(part, whole, whole, whole))(*given)
-
-
-def _local_gradients(params, model_state, values, updates, batch, key, frozen, task, axis):
-    """`_gradients` of the examples that are here: all of them, or those of a replica."""
-    if axis:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    flags = jax.tree.map(jnp.zeros_like, values)
-
-    def over_replicas(tree, combine):
-        return jax.tree.map(lambda x: combine(x, axis), tree) if axis else tree
-
-    def objective(trained, batch, key, counts):
-        params, flags = trained
-        ctx = Context(task.config, key, updates, True, frozen, task.dtype, task.partition,
-                      precision.with_flags(values, flags))
-        terms, metrics, new_state = task.model.loss(params, model_state, batch, ctx)
-        if counts is None:
-            # The mean: replicas' gradients are averaged, and their counts may differ.
-            counts = over_replicas({name: t.count for name, t in terms.items()}, jax.lax.pmean)
-        total = sum(t.weight * t.sum / counts[name] for name, t in terms.items())
-        return total, (terms, metrics, new_state)
-
-    gradient = jax.grad(objective, has_aux=True)
-    if task.microbatches == 1:
-        (grads, nonfinite), (terms, metrics, new_state) = gradient(
-            (params, flags), batch, key, None)
-    else:
-        (grads, nonfinite), (terms, metrics, new_state) = _accumulated(
-            objective, gradient, (params, flags), batch, key, task.microbatches, over_replicas)
-    grads = precision.unscaled(grads, values)
-    sums = {name: (t.sum, t.count) for name, t in terms.items()}, metrics, nonfinite
-    sums, metrics, nonfinite = over_replicas(jax.tree.map(jnp.asarray, sums), jax.lax.psum)
-    terms = {name: t._replace(sum=sums[name][0], count=sums[name][1]) for name, t in terms.items()}
-    if axis:
-        grads = jax.tree.map(lambda g: g[None], grads)
-    return grads, nonfinite, means(terms, metrics), new_state
-
-
-def _accumulated(objective, gradient, trained, batch, key, n, over_replicas):
-    """Gradients, added up in float32, and terms of n microbatches."""
-    # Neighbours go to different microbatches, so that a batch's division over devices stays.
-    parts = jax.tree.map(lambda x: x.reshape(len(x) // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
-    keys = jax.random.split(key, n)
-    # Counts depend on the batch alone, so the compiler drops the forward pass of this first loop.
-    counts = jax.lax.map(lambda a: {name: jnp.asarray(t.count, jnp.float32) for name, t in
-                                    objective(trained, *a, None)[1][0].items()}, (parts, keys))
-    counts = jax.tree.map(jnp.sum, counts)
-    mean_counts = over_replicas(counts, jax.lax.pmean)
-
-    def body(total, part_and_key):
-        grads, (terms, metrics, new_state) = gradient(trained, *part_and_key, mean_counts)
-        sums = jax.tree.map(jnp.asarray, (terms, metrics))
-        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), (*sums, new_state)
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
-    grads, (terms, metrics, new_state) = jax.lax.scan(body, zeros, (parts, keys))
-    terms = {name: t._replace(sum=t.sum.sum(), count=counts[name], weight=jnp.max(t.weight))
-             for name, t in terms.items()}
-    metrics = jax.tree.map(jnp.sum, metrics)
-    return grads, (terms, metrics, jax.tree.map(lambda x: x[-1], new_state))

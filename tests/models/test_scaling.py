@@ -1,6 +1,8 @@
 """Gradient scales of the branches: exact where 16 bits alone are dead, and overflows stay where
 they happen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,14 +33,21 @@ def scales_of(value):
     return values, jax.tree.map(jnp.zeros_like, values)
 
 
-def gradients(dtype, cotangent, values=None, remat='none'):
-    """Of the parameters and of x, and the counts of what is not finite."""
-    def loss(params, x, flags):
-        scales = values and jax.tree.map(scaling.Scale, values, flags)
+@functools.cache
+def program(dtype, scaled, remat):
+    def loss(params, x, flags, cotangent, values):
+        scales = jax.tree.map(scaling.Scale, values, flags) if scaled else None
         out = transformer.forward(params, CONFIG, x, dtype=dtype, remat=remat, scales=scales)
         return (out * cotangent * COTANGENT).sum()
 
-    of_params, *rest = jax.jit(jax.grad(loss, (0, 1, 2)))(PARAMS, X, scales_of(0.0)[1])
+    return jax.jit(jax.grad(loss, (0, 1, 2)))
+
+
+def gradients(dtype, cotangent, values=None, remat='none'):
+    """Of the parameters and of x, and the counts of what is not finite."""
+    ones, flags = scales_of(1.0)
+    of_params, *rest = program(dtype, bool(values), remat)(
+        PARAMS, X, flags, jnp.float32(cotangent), values or ones)
     return precision.unscaled(of_params, values or {}), *rest
 
 
@@ -87,7 +96,9 @@ def test_an_overflow_flags_its_own_branch_only(place):
 
 def test_without_the_filter_it_flags_all_before(monkeypatch):
     monkeypatch.setattr(scaling, '_finite', lambda gradient: gradient)
+    program.cache_clear()
     found, _ = flagged(('tail', '0', 0, 'mlp'))
+    program.cache_clear()
     assert len(found) == 2 * 9
 
 
