@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,7 +47,8 @@ def start(spec: str, heartbeat: int = 100) -> None:
       heartbeat: seconds.
 
     Raises:
-      ProcessError: a malformed spec, or no coordinator in START_SECONDS.
+      ProcessError: a malformed spec, or no coordinator in START_SECONDS (another number of them is
+        in the environment variable DALLE_JAX_START_SECONDS).
     """
     if not spec:
         return
@@ -60,15 +64,23 @@ def start(spec: str, heartbeat: int = 100) -> None:
         except (ValueError, AssertionError):
             raise ProcessError(f"--distributed={spec!r}; give 'auto', or HOST:PORT,COUNT,INDEX "
                                'with INDEX below COUNT, such as 10.0.0.1:8476,4,0') from None
+    seconds = int(os.environ.get('DALLE_JAX_START_SECONDS', START_SECONDS))
+    if given and given['process_id']:
+        _wait_for(given['coordinator_address'], seconds)
+    # jax ends the process, instead of raising an error, when the time is over.
+    hint = threading.Timer(0.9 * seconds, lambda: print(
+        f'--distributed={spec}: not all processes have come in {0.9 * seconds:.0f} s; are all '
+        'started, with the same address and count?', file=sys.stderr, flush=True))
+    hint.daemon = True
+    hint.start()
     try:
-        jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=heartbeat,
-            initialization_timeout=int(os.environ.get('DALLE_JAX_START_SECONDS', START_SECONDS)))
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=heartbeat,
+                                   initialization_timeout=seconds)
     except (RuntimeError, ValueError) as error:
-        raise ProcessError(
-            f'--distributed={spec}: the processes did not meet: {_first_line(error)}. Are all '
-            'started, with the same address and count, and is the port of the first one open?'
-            ) from error
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ProcessError(f'--distributed={spec}: the processes did not meet: {text}') from error
+    finally:
+        hint.cancel()
     logging.info('process %d of %d', jax.process_index(), jax.process_count())
 
 
@@ -200,5 +212,17 @@ class StopSignal:
         return any([multihost_utils.reached_preemption_sync_point(n) for n in numbers])
 
 
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _wait_for(address, seconds):
+    """Until something listens there."""
+    host, _, port = address.rpartition(':')
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ProcessError(
+                    f'no coordinator at {address} in {seconds} s ({error}): is process 0 started, '
+                    'is the address right, and is the port open?') from error
+            time.sleep(0.2)
