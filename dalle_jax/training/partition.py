@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ('replica', 'fsdp', 'tensor')
@@ -81,8 +82,12 @@ def path_name(path: Any) -> str:
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Builds the mesh over all devices.
 
+    'tensor' and 'fsdp' lie along the links inside a slice (TPU), or inside a process and between
+    neighbouring ones; only 'replica' crosses from slice to slice.
+
     Raises:
-      ValueError: the extents do not multiply to the number of devices; names both.
+      ValueError: the extents do not multiply to the number of devices, or fsdp and tensor not to a
+        part of a slice; names both.
     """
     devices = jax.devices() if devices is None else devices
     extents = [getattr(config, axis) for axis in AXES]
@@ -96,7 +101,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         raise ValueError(f'mesh {dict(zip(AXES, extents))} needs {math.prod(extents)} devices, '
                          f'but there are {len(devices)}; change mesh.replica, fsdp or tensor')
     # Mesh (unlike jax.make_mesh) has Auto axis types: shardings propagate by themselves.
-    return Mesh(np.asarray(devices).reshape(extents), AXES)
+    return Mesh(_arranged(devices, extents), AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +225,21 @@ def put_batch(batch: Any, mesh: Mesh, stacked: bool = False) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH) if stacked else BATCH)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), dict(batch))
+
+
+def _arranged(devices, extents):
+    """The devices as an array of these extents, so that neighbours in it have fast links."""
+    if devices[0].platform != 'tpu':
+        return np.asarray(devices).reshape(extents)
+    replica, *inside = extents
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if replica % slices:
+        raise ValueError(f'mesh {dict(zip(AXES, extents))} on {slices} slices: mesh.replica must '
+                         f'be a multiple of {slices}, so that fsdp and tensor stay inside a slice')
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            (replica // slices, *inside), (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(extents, devices, allow_split_physical_axes=True)
 
 
 def _manual_axes():

@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from dalle_jax.planning import hardware
 from dalle_jax.training import partition as lib
 
 TWO = lib.make_mesh(lib.MeshConfig())
@@ -83,3 +85,27 @@ def test_moments_and_averages_live_where_their_parameters_live():
     assert found['moments']['mean']['a']['w'].spec == PartitionSpec('fsdp', None)
     assert found['params']['a']['b'].spec == PartitionSpec(None)
     assert found['moments']['count'].spec == PartitionSpec()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize('topology,config,ring', [
+    ('v5e:4x4', lib.MeshConfig(replica=4, fsdp=4), 4),
+    ('v5e:4x4', lib.MeshConfig(replica=2, fsdp=4, tensor=2), 4),
+    ('v5p:4x4x4', lib.MeshConfig(replica=4, fsdp=16), 16),
+    ('2*v5e:4x4', lib.MeshConfig(replica=4, fsdp=8), 8),
+])
+def test_neighbours_have_links(topology, config, ring):
+    """Neighbours on the axis fsdp are neighbours in a slice's grid, or at its two ends."""
+    try:
+        devices = hardware.devices(hardware.topology(topology))
+    except hardware.NoCompiler as error:
+        pytest.skip(str(error))
+    mesh = lib.make_mesh(config, devices)
+    for line in np.moveaxis(mesh.devices, 1, -1).reshape(-1, ring):
+        assert len({getattr(device, 'slice_index', 0) for device in line}) == 1
+        for a, b in zip(line, line[1:]):
+            steps = np.abs(np.subtract(a.coords, b.coords))
+            assert np.count_nonzero(steps) <= 2
+    if topology.startswith('2*'):
+        with pytest.raises(ValueError, match='multiple of 2'):
+            lib.make_mesh(lib.MeshConfig(replica=1, fsdp=32), devices)
