@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,14 +43,19 @@ IMPLEMENTATIONS = {'cpu': ('blocked', 'dense'), 'gpu': ('pallas', 'blocked', 'de
                    'tpu': ('splash', 'blocked', 'dense')}
 
 
+# The big models' moments, and averages in the host's memory, which a step does not touch.
+STORED = {'mean_format': '1-6-9', 'variance_format': '0-6-10', 'average_memory': 'host'}
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Models, examples of a training step, and images drawn at once."""
+    """Models, examples of a training step, images drawn at once, how the transformer is stored."""
 
     dalle: dalle.Config
     dvae: dvae.Config
     train_batch: int = 4
     sample_batch: int = 2
+    stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _small(depth, width, text, side, text_vocab, image_vocab, train_batch, sample_batch):
@@ -64,7 +69,10 @@ PRESETS = {
     'bench_tiny': _small(4, 256, 32, 16, 2048, 1024, 16, 8),
     'bench_small': _small(8, 512, 64, 16, 8192, 8192, 8, 4),
     'paper_seq': _small(4, 512, 256, 32, 16_384, 8192, 4, 2),
-    **{name: Preset(config, dvae.PRESETS['paper']) for name, config in dalle.PRESETS.items()},
+    **{name: Preset(config, dvae.PRESETS['paper'], stored=STORED)
+       for name, config in dalle.PRESETS.items()},
+    '12b_one_gpu': Preset(dalle.PRESETS['12b'], dvae.PRESETS['paper'],
+                          stored=STORED | {'params_format': 'bfloat16'}),
 }
 
 
@@ -116,7 +124,7 @@ class Bench:
             if getattr(self, name) < least:
                 raise ValueError(f'--{name}={getattr(self, name)}: give at least {least}')
         devices, rows, columns = jax.device_count(), *self.preset.dalle.grid
-        if self.batch % devices and {'train', 'dvae'} & set(self.what):
+        if self.batch % devices and {'train', 'dvae', 'precision'} & set(self.what):
             raise ValueError(f'--batch={self.batch} is not divisible by the {devices} devices that '
                              'train on it')
         if self.with_dvae and rows != columns:
@@ -184,13 +192,18 @@ def _attention(bench):
             for implementation in IMPLEMENTATIONS[jax.default_backend()]]
 
 
-def _training(bench, module, config, batch):
+def _training(bench, module, config, batch, dtype=None):
     """Makes cases of a training step from kind, config and model FLOPs of an example's forward.
 
     The state is that of a real run, and the same for all cases: each takes it and leaves the next.
     """
     mesh, size = partition.make_mesh(partition.MeshConfig()), len(jax.tree.leaves(batch)[0])
-    task = step_lib.Task(module, config, OPTIMIZERS[module], size, dtype=bench.dtype,
+    optimizer = OPTIMIZERS[module]
+    if module is dalle:
+        optimizer = dataclasses.replace(optimizer, **bench.preset.stored)
+    if optimizer.average_memory == 'host':
+        optimizer = dataclasses.replace(optimizer, average_decay=0.0)
+    task = step_lib.Task(module, config, optimizer, size, dtype=dtype or bench.dtype,
                          partition=partition.Partitioner(mesh))
     abstract = step_lib.abstract_state(task)
     held = [step_lib.create_state(task, 0)]
@@ -223,6 +236,16 @@ def _train(bench):
         case(kind, dataclasses.replace(config, attention=kind), tokens=config.blocks.layout.length,
              extra={'batch': size, 'remat': config.remat})
         for kind in ('auto', *IMPLEMENTATIONS[jax.default_backend()][1:])]
+
+
+def _precision(bench):
+    """A training step in bfloat16, and in float16 with gradient scales."""
+    config, size = bench.preset.dalle, bench.batch or bench.preset.train_batch
+    batch = _tokens(config, size)
+    yield 'train/precision', [
+        _training(bench, dalle, config, batch, jnp.dtype(name))(
+            name, config, tokens=config.blocks.layout.length,
+            extra={'batch': size, 'remat': config.remat}) for name in ('bfloat16', 'float16')]
 
 
 def _sample(bench):
@@ -322,7 +345,8 @@ def _dvae(bench):
                           of('one_hot', one_hot, ids, 'decoder')]
 
 
-WHATS = {'attention': _attention, 'train': _train, 'sample': _sample, 'dvae': _dvae}
+WHATS = {'attention': _attention, 'train': _train, 'sample': _sample, 'dvae': _dvae,
+         'precision': _precision}
 
 
 def main(argv):
@@ -344,7 +368,7 @@ def main(argv):
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
-    flags.DEFINE_list('what', list(WHATS), f'What is measured: {", ".join(WHATS)}.')
+    flags.DEFINE_list('what', ['attention', 'train', 'sample', 'dvae'], f'What is measured: {", ".join(WHATS)}.')
     flags.DEFINE_string('preset', 'bench_tiny', f'Sizes: one of {", ".join(PRESETS)}.')
     flags.DEFINE_integer('layers', 0, 'Only so many of the first layers; 0: all.')
     flags.DEFINE_string('remat', '', 'What the backward pass recomputes, one of '
@@ -356,7 +380,7 @@ if __name__ == '__main__':
     flags.DEFINE_integer('candidates', 1, 'Images drawn of each caption.')
     flags.DEFINE_bool('with_dvae', False, 'Whether drawing includes decoding the images.')
     flags.DEFINE_integer('repeats', 5, 'Times that each is run; the median counts.')
-    flags.DEFINE_enum('precision', 'auto', ['auto', 'float32', 'bfloat16'],
+    flags.DEFINE_enum('precision', 'auto', ['auto', 'float32', 'bfloat16', 'float16'],
                       'Of the matrix products; auto: bfloat16 on accelerators, float32 on CPUs.')
     flags.DEFINE_string('out', None, 'File that the JSON objects are appended to.')
     app.run(main)

@@ -247,7 +247,9 @@ def test_slices_keep_the_first_layers(data):
 def test_optimisers_are_those_of_the_experiments():
     for module, spec in ((dalle, 'experiments/dalle.py:12b'), (dvae, 'experiments/dvae.py:paper')):
         values = config_lib.load(spec).to_dict()['optimizer']
-        assert benchmark.OPTIMIZERS[module] == OptimizerConfig(**values)
+        stored = benchmark.PRESETS['12b'].stored if module is dalle else {}
+        assert dataclasses.replace(benchmark.OPTIMIZERS[module],
+                                   **stored) == OptimizerConfig(**values)
 
 
 @pytest.mark.parametrize('values,message', [
@@ -301,3 +303,22 @@ runpy.run_module('dalle_jax.benchmark', run_name='__main__')
         assert flag in shown.stdout, shown.stdout + shown.stderr
     wrong = start('--preset=12c')
     assert wrong.returncode and '--preset=12c: choose one of' in wrong.stdout + wrong.stderr
+
+
+def test_precisions_of_the_stored_model():
+    """Both steps train, with 16-bit parameters and moments; an unscaled float16 is no case."""
+    preset = dataclasses.replace(TINY, stored=benchmark.PRESETS['12b_one_gpu'].stored)
+    bench = benchmark.Bench(('precision',), 'tiny', preset, jnp.dtype('float32'), repeats=1)
+    lines = {line['kind']: line for line in benchmark.run(bench)}
+    assert lines['bfloat16']['speedup_over'].keys() == {'float16'}
+    assert lines['float16']['model_tflops'] > 0 and not lines['float16'].get('failed')
+    assert lines['float16']['batch'] == TINY.train_batch
+
+
+def test_the_one_gpu_preset_is_the_12b_model_stored_smaller():
+    one, whole = (benchmark.chosen(name, 8) for name in ('12b_one_gpu', '12b'))
+    assert one.dalle == whole.dalle and one.dalle.width == 3968
+    assert one.stored == {**whole.stored, 'params_format': 'bfloat16'}
+    experiment = config_lib.resolve(config_lib.load('experiments/dalle.py:12b_one_gpu,path=X'))
+    for key, value in one.stored.items():
+        assert getattr(experiment.optimizer, key) == value
