@@ -85,24 +85,24 @@ def open_inputs(experiment: config_lib.Experiment, workdir: str | Path) -> Input
     return Inputs(experiment, model, frozen, spec, train, valid, tokenizer)
 
 
-def pipeline(inputs: Inputs, train: bool, batch_size: int = 0, shared: bool = True) -> Pipeline:
+def pipeline(inputs: Inputs, train: bool, mesh: Mesh | None, batch_size: int = 0) -> Pipeline:
     """Batches of the training records, or of the held-out ones.
 
     Args:
+      mesh: on which every process has its own rows of a batch; None: all rows in all processes.
       batch_size: 0: the experiment's.
-      shared: whether every process gets its own rows of a batch, or all of them.
     """
     data, spec = inputs.experiment.data, inputs.spec
     size = spec['image'].shape[0] if 'image' in spec else None
+    batch_size = batch_size or data.batch_size
     return Pipeline(
-        inputs.train if train else inputs.valid, batch_size=batch_size or data.batch_size,
+        inputs.train if train else inputs.valid, batch_size=batch_size,
         seed=inputs.experiment.seed, image_size=(train and data.image_size) or size,
         grid=None if size else spec['codes'].shape,
         text_length=spec['text'].shape[0] if 'text' in spec else None, tokenizer=inputs.tokenizer,
         crop=data.crop if train else data.valid_crop,
         bpe_dropout=data.bpe_dropout if train else 0.0, shuffle=train,
-        process_index=jax.process_index() if shared else 0,
-        process_count=jax.process_count() if shared else 1)
+        rows=partition.local_rows(mesh, batch_size) if mesh else None)
 
 
 def make_task(experiment: config_lib.Experiment, mesh: Mesh, dtype: Any = None) -> Task:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+import dalle_jax
 from dalle_jax import config as config_lib
 from dalle_jax import distributed, machine, runs
 from dalle_jax.inputs import Inputs, make_task, open_inputs, pipeline
@@ -49,7 +50,8 @@ def run(config, workdir: str, processes: str = '', heartbeat: int = 100
     experiment = config if isinstance(config, config_lib.Experiment) else config_lib.resolve(config)
     runs.start_jax(experiment.cpu_devices)
     distributed.start(processes, heartbeat)
-    distributed.agree({'jax': jax.__version__, **config_lib.flat(experiment)})
+    distributed.agree({'dalle_jax': dalle_jax.__version__, 'jax': jax.__version__,
+                       **config_lib.flat(experiment)})
     mesh = partition.make_mesh(experiment.mesh)
     make_task(experiment, mesh)  # an impossible one is an error before anything is opened
 
@@ -73,12 +75,13 @@ def _train(inputs: Inputs, mesh, log):
     name = f'{experiment.model} {log.path}'
 
     # -- pipelines: a batch is a pure function of seed and step ------------------------------
-    batches_of = {'training': pipeline(inputs, train=True), 'held-out': pipeline(inputs, False)}
+    batches_of = {'training': pipeline(inputs, True, mesh),
+                  'held-out': pipeline(inputs, False, mesh)}
     valid = batches_of['held-out']
     with distributed.together('reading held-out data'):
         valid.batch(0)  # what cannot be read is an error now, not after the first epoch
     examples = min(SNAPSHOT_EXAMPLES, experiment.data.batch_size)
-    shown = pipeline(inputs, False, examples, shared=False).batch(0)
+    shown = pipeline(inputs, False, None, examples).batch(0)
     valid_batches = max(1, min(loop.valid_batches,
                                len(inputs.valid) // experiment.data.batch_size))
 
@@ -93,7 +96,8 @@ def _train(inputs: Inputs, mesh, log):
     else:
         first, state = 0, step_lib.create_state(task, experiment.seed)
         if experiment.init_from:
-            state = _init_from(state, experiment.init_from, task, log)
+            state = jax.device_put(_init_from(state, experiment.init_from, task, log),
+                                   step_lib.shardings(abstract))
     prepare_at = model.prepare_step(experiment.arch) if hasattr(model, 'prepare_step') else None
     if prepare_at is not None and prepare_at % loop.group:
         raise config_lib.ConfigError(f'the model is prepared at step {prepare_at}, which is not a '
@@ -242,7 +246,7 @@ def _prepare(state, inputs, name, log):
     """The model's initialisation from data, on whole training images, in the middle of a run."""
     started = time.monotonic()
     # All of every batch in every process: their results must agree.
-    reader = pipeline(inputs._replace(valid=inputs.train), False, shared=False)
+    reader = pipeline(inputs._replace(valid=inputs.train), False, None)
     params, facts = inputs.model.prepare(state.params, inputs.experiment.arch,
                                          (reader.batch(i) for i in itertools.count()),
                                          jax.random.key(inputs.experiment.seed))

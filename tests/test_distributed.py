@@ -18,7 +18,7 @@ from tests.data.test_tokens import make, write
 
 pytestmark = pytest.mark.processes
 STEPS = 8
-SMALL = {'arch.width': 32, 'arch.heads': 2, 'arch.depth': 1, 'arch.text_length': 12,
+SMALL = {'arch.width': 32, 'arch.heads': 4, 'arch.depth': 1, 'arch.text_length': 12,
          'arch.attention': 'dense', 'text_vocab': 100, 'optimizer.name': 'adamw',
          'optimizer.average_every': 2, 'optimizer.average_memory': 'host',
          'optimizer.mean_format': '1-6-9', 'loop.log_every': 1, 'loop.valid_batches': 1,
@@ -121,10 +121,11 @@ def test_one_process_continues_two(stopped, alone, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_continue_two(stopped, alone, data, tmp_path):
+@pytest.mark.parametrize('mesh', [{}, {'mesh.fsdp': 2, 'mesh.tensor': 4}])
+def test_four_processes_continue_two(stopped, alone, data, tmp_path, mesh):
     workdir = tmp_path / 'run'
     shutil.copytree(stopped[0], workdir)
-    codes, outputs = together(workdir, data, 4, 2)
+    codes, outputs = together(workdir, data, 4, 2, **mesh)
     assert codes == [0] * 4, outputs[0][-3000:]
     check_continued(workdir, alone)
 

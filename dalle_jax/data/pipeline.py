@@ -17,7 +17,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -63,12 +63,12 @@ class Pipeline:
                  image_size: int | None = None, text_length: int | None = None,
                  tokenizer: Tokenizer | None = None, grid: tuple[int, int] | None = None,
                  crop: str = 'none', bpe_dropout: float = 0.0, shuffle: bool = True,
-                 process_index: int = 0, process_count: int = 1):
+                 rows: Sequence[int] | None = None):
         """Raises ValueError on arguments that contradict each other.
 
         Args:
           source: the records.
-          batch_size: rows of a batch over all processes; a multiple of `process_count`.
+          batch_size: rows of a batch over all processes.
           seed: chooses the order and everything that is random about a record.
           image_size: S, which gives batches an 'image'.
           text_length: T, which gives batches a 'text'; needs `tokenizer`.
@@ -77,17 +77,19 @@ class Pipeline:
           crop: how images become S x S, one of images.CROPS.
           bpe_dropout: probability of dropping a merge.
           shuffle: whether epochs are permuted; without, records come in order, again and again.
-          process_index, process_count: which rows of the batch to make.
+          rows: which rows of a batch this process makes; None: all.
         """
         if seed < 0:
             raise ValueError(f'seed {seed} is negative')
         if not len(source):
             raise ValueError('the source has no records')
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f'batch_size {batch_size} must be a positive multiple of the '
-                             f'{process_count} processes that share it')
-        if not 0 <= process_index < process_count:
-            raise ValueError(f'process_index {process_index} is not in [0, {process_count})')
+        rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        if batch_size < 1 or not len(rows):
+            raise ValueError(f'batch_size {batch_size} and {len(rows)} rows of it: each must be at '
+                             'least 1')
+        if rows.min() < 0 or rows.max() >= batch_size:
+            raise ValueError(f'rows {rows.min()} to {rows.max()} are not all in a batch of '
+                             f'{batch_size}')
         if not image_size and not text_length and not grid:
             raise ValueError('a batch needs grid or image_size, text_length or both')
         if text_length and tokenizer is None:
@@ -106,8 +108,7 @@ class Pipeline:
         self._crop = crop
         self._bpe_dropout = bpe_dropout
         self._shuffle = shuffle
-        rows = batch_size // process_count
-        self._rows = np.arange(process_index * rows, (process_index + 1) * rows)
+        self._rows = rows
         self._lock = threading.Lock()
         self.problems = Problems()
 

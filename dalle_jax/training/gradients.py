@@ -10,6 +10,10 @@ from jax.sharding import PartitionSpec
 
 from dalle_jax.models.context import Context
 from dalle_jax.training import precision
+from dalle_jax.training.optimizer import matches
+from dalle_jax.training.partition import path_name
+
+LAYERS = r'(qkv|out|up|down)/kernel$'  # parameters that are used in the dtype of products alone
 
 
 def gradients(state: Any, batch: Mapping[str, jax.Array], frozen: Mapping[str, Any],
@@ -63,7 +67,7 @@ def _local(params, model_state, values, updates, batch, key, frozen, task, axis)
         total = sum(t.weight * t.sum / counts[name] for name, t in terms.items())
         return total, (terms, metrics, new_state)
 
-    trained = params, jax.tree.map(jnp.zeros_like, values)
+    trained = rounded(params, task.dtype), jax.tree.map(jnp.zeros_like, values)
     if task.microbatches == 1:
         (grads, nonfinite), (terms, metrics, new_state) = jax.grad(objective, has_aux=True)(
             trained, batch, key, None)
@@ -77,6 +81,18 @@ def _local(params, model_state, values, updates, batch, key, frozen, task, axis)
     if axis:
         grads = jax.tree.map(lambda g: g[None], grads)
     return grads, nonfinite, (terms, metrics), new_state
+
+
+def rounded(params: Any, dtype: Any) -> Any:
+    """The layers' weights as layers use them, in the dtype of products if that is shorter.
+
+    Then their gradients, which are computed in that dtype, have it too and take half the memory.
+    Compilers make these copies in any case, ahead of the loop over layers.
+    """
+    def one(path, p):
+        shorter = jnp.dtype(dtype).itemsize < p.dtype.itemsize
+        return p.astype(dtype) if shorter and matches(LAYERS, path_name(path)) else p
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _accumulated(objective, trained, batch, key, n, over_replicas):

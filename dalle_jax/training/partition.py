@@ -216,15 +216,45 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Rows of a global batch that this process's devices need, ascending."""
+    size = batch_size // math.prod(mesh.shape[a] for a in DATA)
+    return np.concatenate([np.arange(p * size, (p + 1) * size) for p in _local_parts(mesh)])
+
+
 def put_batch(batch: Any, mesh: Mesh, stacked: bool = False) -> Any:
-    """This process's rows of a global batch as arrays sharded over 'replica' and 'fsdp'.
+    """A global batch, of which this process has its `local_rows`, sharded over the mesh.
 
     Args:
       batch: name -> numpy array, rows leading; with `stacked` a leading axis of steps before them.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, *BATCH) if stacked else BATCH)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), dict(batch))
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
+    axis, parts = int(stacked), _local_parts(mesh)
+    ways = math.prod(mesh.shape[a] for a in DATA)
+
+    def put(x):
+        size = x.shape[axis] // len(parts)
+
+        def part(index):
+            start = parts.index((index[axis].start or 0) // size) * size
+            return x[(slice(None),) * axis + (slice(start, start + size),)]
+        shape = (*x.shape[:axis], size * ways, *x.shape[axis + 1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+    return jax.tree.map(put, dict(batch))
+
+
+def _local_parts(mesh):
+    """Which of the equal parts of a batch this process's devices have, ascending.
+
+    They need not follow each other, and with an extent of 'tensor' beyond one process several
+    processes have the same.
+    """
+    here = jax.process_index()
+    return sorted({place[0] * mesh.shape['fsdp'] + place[1]
+                   for place, device in np.ndenumerate(mesh.devices)
+                   if device.process_index == here})
 
 
 def _arranged(devices, extents):

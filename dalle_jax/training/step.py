@@ -124,14 +124,14 @@ def abstract_state(task: Task) -> State:
     state = jax.eval_shape(lambda: init_state(task, 0))
     if task.partition is unconstrained:
         return state
-    placed = _param_shardings(task, state.params)
-    shardings = task.partition.like_params(state, state.params, placed)._replace(
-        residual=_reducer(task, state.params).shardings)
+    placed = task.partition.like_params(
+        state, state.params, _param_shardings(task, state.params))._replace(
+            residual=_reducer(task, state.params).shardings)
     if task.optimizer.average_memory == 'host':
-        shardings = shardings._replace(averages=jax.tree.map(
-            lambda s: s.with_memory_kind('pinned_host'), shardings.averages))
+        placed = placed._replace(averages=jax.tree.map(
+            lambda s: s.with_memory_kind('pinned_host'), placed.averages))
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                        state, shardings)
+                        state, placed)
 
 
 def create_state(task: Task, seed: int) -> State:
