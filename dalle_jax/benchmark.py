@@ -368,7 +368,8 @@ def main(argv):
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
-    flags.DEFINE_list('what', ['attention', 'train', 'sample', 'dvae'], f'What is measured: {", ".join(WHATS)}.')
+    flags.DEFINE_list('what', ['attention', 'train', 'sample', 'dvae'],
+                      f'What is measured: {", ".join(WHATS)}.')
     flags.DEFINE_string('preset', 'bench_tiny', f'Sizes: one of {", ".join(PRESETS)}.')
     flags.DEFINE_integer('layers', 0, 'Only so many of the first layers; 0: all.')
     flags.DEFINE_string('remat', '', 'What the backward pass recomputes, one of '
