@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'benchmark')
+VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'plan', 'benchmark')
 
 
 def main():

@@ -11,7 +11,7 @@ Variants:
            `python -m dalle_jax.encode` wrote; dvae=RUN names the trained tokenizer.
            precision=float16 is the paper's, with gradient scales of the resblocks; 'auto' is
            bfloat16 on TPUs and GPUs, which needs none.
-  12b_one_gpu  the same model on one GPU of 140 GB: 16-bit parameters too, 32 examples a step.
+  12b_one_gpu  the same model on one GPU of 140 GB: 16-bit parameters too, 24 examples a step.
   5.6b, 2.8b, 1.4b, 1.3b, 0.7b, large, base, small, tiny    the family at other sizes.
   scenes   d 128, 4 layers on captioned scenes; about five minutes on 2 CPU
            cores. Expected: 0.42 nats per image token on new combinations.
@@ -44,7 +44,7 @@ def get_config(arg=None):
         text_vocab=16_384,
         frozen=dict(image=args.dvae, text=''),
         data=common.own_data(args) | dict(
-            batch_size=args.batch or (32 if one_gpu else 1024), crop='stage2', bpe_dropout=0.1,
+            batch_size=args.batch or (24 if one_gpu else 1024), crop='stage2', bpe_dropout=0.1,
             workers=8),
         optimizer=dict(  # app. B.2; halvings at explicit steps, as the plateau rule is not stated
             name='adamw', peak_lr=4.5e-4, schedule='halving', warmup=5_000,

@@ -235,6 +235,17 @@ def test_unknown_trips():
     assert [c.count for c in lib.parse(noted, fake_mesh(2, 1, 1))] == [7]
 
 
+def test_what_kernels_say_of_themselves():
+    """On lines of their own, in the middle of an instruction; they end no computation."""
+    kernel = '''  %kernel = f32[6] custom-call(%x), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(train)"}
+  %sum = f32[6]'''
+    text = program(end=3).replace('  %sum = f32[6]', kernel)
+    assert '}}, metadata' in text
+    assert [c.count for c in lib.parse(text, fake_mesh(2, 1, 1))] == [3]
+
+
 @settings(max_examples=50, deadline=None)
 @given(shape=st.tuples(*[st.sampled_from((1, 2, 3, 4))] * 3).filter(lambda s: math.prod(s) > 1),
        chosen=st.sets(st.sampled_from(AXES), min_size=1))
