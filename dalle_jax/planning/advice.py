@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -41,8 +42,9 @@ def first_that_fits(task: Task, abstract: State, target: Topology) -> Change | N
     fsdp instead of replica, parameters and moments of 16 bits. If nothing of that helps, the
     largest batch that fits, which changes what is learned.
     """
-    found = (change for change in _changes(task, abstract, target)
-             if change.flags and change.needs.peak <= FITS * target.chip.hbm)
+    limit = FITS * target.chip.hbm
+    found = (change for change in _changes(task, abstract, target, limit)
+             if change.flags and change.needs.peak <= limit)
     return next(found, None) or _smaller_batch(task, abstract, target)
 
 
@@ -56,8 +58,9 @@ def least_recomputing(task: Task, abstract: State, target: Topology) -> Change |
     return None
 
 
-def _changes(task, abstract, target):
-    """All but that of the batch, in that order; the first is none."""
+def _changes(task, abstract, target, limit):
+    """All but that of the batch, in that order; the first is none. Leaves out optimisers and meshes
+    with which even the least memory, that of the last way, is more than the limit."""
     for optimizer, mesh in itertools.product(_optimizers(task), _meshes(task, target)):
         placed = dataclasses.replace(task.partition, mesh=mesh)
         other = task._replace(optimizer=optimizer, partition=placed)
@@ -65,9 +68,12 @@ def _changes(task, abstract, target):
             abstract = abstract if other == task else step_lib.abstract_state(other)
         except ValueError:  # an array that this mesh does not divide
             continue
-        for remat, microbatches in _smaller(task):
-            yield _change(task, abstract, target, config=_with_remat(task.config, remat),
-                          microbatches=microbatches, optimizer=optimizer, partition=placed)
+        ways = [functools.partial(
+            _change, task, abstract, target, config=_with_remat(task.config, remat),
+            microbatches=microbatches, optimizer=optimizer, partition=placed)
+            for remat, microbatches in _smaller(task)]
+        if ways[-1]().needs.peak <= limit:
+            yield from (way() for way in ways)
 
 
 def _smaller_batch(task, abstract, target):

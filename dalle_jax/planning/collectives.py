@@ -9,7 +9,7 @@ permute its operand.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,19 +99,6 @@ def summary(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...
         count, size = totals.get((c.kind, c.axes), Total(0, 0.0))
         totals[c.kind, c.axes] = Total(count + c.count, size + c.count * c.bytes)
     return totals
-
-
-def full_size(collectives: Iterable[Collective], shapes: Iterable[Sequence[int]]
-              ) -> list[Collective]:
-    """The all-reduces of an array with as many elements as one of the shapes.
-
-    With the shapes of a layer's undivided weights: gradients that are summed at full size on every
-    device where each needs only its part, which costs twice a reduce-scatter. Operands that were
-    concatenated into one (as for GPUs) are not recognised.
-    """
-    sizes = {math.prod(shape) for shape in shapes}
-    return [c for c in collectives if c.kind == 'all-reduce'
-            and any(math.prod(shape) in sizes for _, shape in c.operands)]
 
 
 def _kind(instruction):

@@ -85,7 +85,7 @@ def _cell(entry: Entry | None, steps: int) -> str:
         return '-'
     low, high = (_rounded(seconds * entry.target.chips * steps / DAY)
                  for seconds in entry.time.step)
-    return f'{entry.target.chips}: {low} - {high}'
+    return f'{entry.target.chips}: {low}' + f' - {high}' * (low != high)
 
 
 def _rounded(value: Any) -> str:

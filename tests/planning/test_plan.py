@@ -14,6 +14,7 @@ import pytest
 from dalle_jax import config, plan
 from dalle_jax.models import dalle, patterns
 from dalle_jax.planning import advice, ahead, hardware, memory, table, text
+from dalle_jax.planning.collectives import Collective
 
 GIB = 2**30
 DEPTH, D, HEADS, T, ROWS, COLUMNS, V_TEXT, V_IMAGE = 2, 64, 2, 64, 8, 8, 48, 32
@@ -164,6 +165,25 @@ def test_network_between():
     assert [link['kind'] for link in sums] == ['all-reduce']
     assert sums[0]['bytes'] == 4 * DEPTH * BATCH * L * D * 2
     assert analytic(load(), 'h100:1')['network'] == []
+
+
+def test_gradients_that_are_summed_whole():
+    """Those of matrices of a shape, in the dtype that gradients of layers have, along fsdp."""
+    task, state = abstract(load(), 'h100:4', 'fsdp=4')
+
+    def names(dtype, shape, axes=('fsdp',), kind='all-reduce'):
+        found = Collective('x', kind, ((dtype, shape),), 4, axes, False, 1)
+        return ahead.summed_whole([found], task, state)
+
+    layers = [f'transformer/tail/{layer}/mlp/{name}/kernel' for layer in '01'
+              for name in ('down', 'up')]
+    assert names('bf16', (D, 4 * D)) == names('bf16', (4 * D, D)) == layers
+    assert names('f32', (V_TEXT, D)) == ['text/tokens']
+    assert names('f32', (D, V_TEXT)) == ['heads/text']
+    for other in (names('f32', (D, 4 * D)), names('bf16', (D // 4, D)),
+                  names('bf16', (D, 4 * D), ('replica',)),
+                  names('bf16', (D, 4 * D), kind='reduce-scatter')):
+        assert other == []
 
 
 def test_compression_sends_less_between_replicas():
