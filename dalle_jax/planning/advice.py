@@ -60,7 +60,7 @@ def least_recomputing(task: Task, abstract: State, target: Topology) -> Change |
 
 def _changes(task, abstract, target, limit):
     """All but that of the batch, in that order; the first is none. Leaves out optimisers and meshes
-    with which even the least memory, that of the last way, is more than the limit."""
+    with which even the least memory is more than the limit."""
     for optimizer, mesh in itertools.product(_optimizers(task), _meshes(task, target)):
         placed = dataclasses.replace(task.partition, mesh=mesh)
         other = task._replace(optimizer=optimizer, partition=placed)
@@ -68,11 +68,14 @@ def _changes(task, abstract, target, limit):
             abstract = abstract if other == task else step_lib.abstract_state(other)
         except ValueError:  # an array that this mesh does not divide
             continue
-        ways = [functools.partial(
-            _change, task, abstract, target, config=_with_remat(task.config, remat),
-            microbatches=microbatches, optimizer=optimizer, partition=placed)
-            for remat, microbatches in _smaller(task)]
-        if ways[-1]().needs.peak <= limit:
+        change = functools.partial(_change, task, abstract, target, optimizer=optimizer,
+                                   partition=placed)
+        policies, splits = _smaller(task)
+        ways = [functools.partial(change, config=_with_remat(task.config, remat))
+                for remat in policies]
+        ways += [functools.partial(ways[-1], microbatches=n) for n in splits]
+        # Microbatches add a sum of gradients, so the last way need not be the smallest.
+        if min(way().needs.peak for way in (ways[len(policies) - 1], ways[-1])) <= limit:
             yield from (way() for way in ways)
 
 
@@ -100,14 +103,13 @@ def _with_remat(config, remat):
 
 
 def _smaller(task):
-    """(remat, microbatches) from what it is down to the least memory."""
+    """Remat policies, and behind them numbers of microbatches, from what it is to the smallest."""
     ladder = list(transformer.REMAT)
     policies = ladder[ladder.index(getattr(task.config, 'remat', ladder[-1])):]
-    yield from ((policy, task.microbatches) for policy in policies)
-    if not getattr(task.model, 'couples_batch', False):
-        local = memory.local_examples(task)
-        yield from ((policies[-1], task.microbatches * n) for n in range(2, local + 1)
-                    if local % n == 0)
+    if getattr(task.model, 'couples_batch', False):
+        return policies, []
+    local = memory.local_examples(task)
+    return policies, [task.microbatches * n for n in range(2, local + 1) if local % n == 0]
 
 
 def _meshes(task, target):
