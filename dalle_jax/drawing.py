@@ -4,6 +4,7 @@ C captions, N candidates of a caption.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from dalle_jax import machine, runs
+from dalle_jax.training import partition
 
-# Images drawn at once where the memory allows it; on a CPU more are no faster.
+# Images that a device draws at once where the memory allows it; on a CPU more are no faster.
 MOST_AT_ONCE = {'cpu': 64, 'gpu': 512, 'tpu': 512}
 MEMORY_SHARE = 0.8  # of the free memory: what is counted are the large arrays
 # Of images decoded at once: enough to keep an accelerator busy. In a loop over parts, CPUs would
@@ -31,31 +34,56 @@ def batch_shape(batch: int, captions: int, candidates: int) -> tuple[int, int]:
     return -(-captions // batches), candidates
 
 
-def images_at_once(run: runs.Run, image_run: runs.Run, captions: int, candidates: int, dtype: Any,
-                   guided: bool) -> int:
-    """The largest power of two of images whose drawing fits into the free memory.
+def batch_ways(mesh: Mesh) -> int:
+    """How many parts a mesh divides a batch into."""
+    return math.prod(mesh.shape[axis] for axis in partition.DATA)
+
+
+def division(captions: int, candidates: int, ways: int) -> tuple[int, int, int]:
+    """(captions, pieces, candidates of a piece) of a batch that `ways` can divide.
+
+    The candidates of each caption are cut into pieces, each of which is drawn by one device, and
+    captions times pieces is a multiple of `ways`. Of the divisions that draw least beyond what was
+    asked for, the one with fewest pieces: each reads the caption for itself.
+    """
+    found = []
+    for pieces in range(1, ways + 1):
+        unit = ways // math.gcd(ways, pieces)
+        found.append((-(-captions // unit) * unit, pieces, -(-candidates // pieces)))
+    return min(found, key=math.prod)
+
+
+def images_at_once(run: runs.Loaded, image_run: runs.Loaded, captions: int, candidates: int,
+                   dtype: Any, guided: bool, mesh: Mesh) -> int:
+    """The largest power of two of images whose drawing fits into the free memory, on each device
+    or group of devices that the mesh gives a part of a batch.
 
     It says so where the candidates of a caption have to be drawn in parts.
     """
-    most = MOST_AT_ONCE[jax.default_backend()]
-    free = MEMORY_SHARE * machine.memory()
+    ways = batch_ways(mesh)
+    most = ways * MOST_AT_ONCE[jax.default_backend()]
+    # The devices of a CPU share its memory.
+    share = mesh.size if jax.default_backend() == 'cpu' else 1
+    free = MEMORY_SHARE * machine.memory() / share
     # Drawing lays the weights out anew for its products.
-    weights = sum(x.size for x in jax.tree.leaves(run.params)) * dtype.itemsize
+    weights = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(run.params))
 
     def needed(batch):
-        rows, width = batch_shape(batch, captions, candidates)
-        return (weights + decoding_bytes(image_run, rows * width)
-                + run.module.sample_bytes(run.config, rows, width, dtype, guided))
+        rows, pieces, width = division(*batch_shape(batch, captions, candidates), ways)
+        rows = rows * pieces // ways  # of a device
+        caches = run.module.sample_bytes(run.config, rows, width, dtype, guided)
+        return (weights * dtype.itemsize + decoding_bytes(image_run, rows * width)
+                + caches // mesh.shape['tensor'])
 
     batch = most
-    while batch > 1 and needed(batch) > free:
+    while batch > ways and needed(batch) > free:
         batch //= 2
     if candidates > batch:
         width = batch_shape(batch, captions, candidates)[1]
         why = f'more than {most} at once are no faster'
         if batch < most:
-            why = (f'memory: all at once take {needed(candidates) / 2**30:.1f} GiB, and '
-                   f'{free / 2**30:.1f} can be used')
+            why = (f'memory: all at once take {needed(candidates) / 2**30:.1f} GiB of a '
+                   f'device, and {free / 2**30:.1f} can be used')
         runs.say(f'{candidates} candidates of a caption in {-(-candidates // width)} batches of '
                  f'{width}: {why}')
     return batch
@@ -68,25 +96,28 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=(
     'dalle', 'config', 'tokenizer', 'tokenizer_config', 'dtype', 'top_k', 'nucleus', 'guided',
-    'keep'))
+    'keep', 'constrain'))
 def draw(params, tokenizer_params, text, keys, *, image, temperature, top_p, guidance, dalle,
-         config, tokenizer, tokenizer_config, dtype, top_k, nucleus, guided, keep):
+         config, tokenizer, tokenizer_config, dtype, top_k, nucleus, guided, keep, constrain):
     """Prefill, the image tokens and the decoder in one program."""
     if image is not None:
         image = jnp.broadcast_to(image, (len(text), *image.shape))
     ids, logp = dalle.generate(
         params, config, text, keys=keys, temperature=temperature, top_k=top_k,
         top_p=top_p if nucleus else 1.0, guidance=guidance if guided else 1.0, image=image,
-        keep=keep, dtype=dtype)
-    flat = ids.reshape(-1, *ids.shape[2:])
-    size = decoded_at_once(tokenizer_config, len(flat))
-    padded = jnp.pad(flat, ((0, -len(flat) % size), (0, 0), (0, 0)))
-    images = lax.map(lambda part: to_uint8(tokenizer.decode(tokenizer_params, tokenizer_config,
-                                                            part)),
-                     padded.reshape(-1, size, *flat.shape[1:]))
-    images = images.reshape(-1, *images.shape[2:])[:len(flat)]
+        keep=keep, dtype=dtype, constrain=constrain)
+
+    def decoded(params, flat):
+        size = decoded_at_once(tokenizer_config, len(flat))
+        padded = jnp.pad(flat, ((0, -len(flat) % size), (0, 0), (0, 0)))
+        images = lax.map(lambda part: to_uint8(tokenizer.decode(params, tokenizer_config, part)),
+                         padded.reshape(-1, size, *flat.shape[1:]))
+        return images.reshape(-1, *images.shape[2:])[:len(flat)]
+
+    images = constrain.divide(decoded, ('batch',), tokenizer_params)(
+        ids.reshape(-1, *ids.shape[2:]))
     return (images.reshape(*ids.shape[:2], *images.shape[1:]), ids, logp,
-            dalle.text_likelihood(params, config, text, dtype))
+            dalle.text_likelihood(params, config, text, dtype, constrain))
 
 
 def decoded_at_once(config: Any, images: int) -> int:
@@ -102,35 +133,49 @@ def decoding_bytes(run: runs.Run, images: int) -> int:
                    for equation in program(run.params, ids).eqns for x in equation.outvars)
 
 
-def in_batches(function: Callable, *arrays: np.ndarray) -> np.ndarray:
-    """function(*arrays) on rows [B, ...] in equal parts, the last one padded."""
+def filled(rows: np.ndarray, ways: int) -> np.ndarray:
+    """Rows [B, ...], the last one repeated until `ways` divides their number."""
+    return rows[np.minimum(np.arange(-(-len(rows) // ways) * ways), len(rows) - 1)]
+
+
+def in_batches(function: Callable, ways: int, *arrays: np.ndarray) -> np.ndarray:
+    """function(*arrays) on rows [B, ...] in equal batches that `ways` divides, the last padded."""
     count = len(arrays[0])
-    size = -(-count // -(-count // ROWS_AT_ONCE))
+    size = -(-count // -(-count // (ways * ROWS_AT_ONCE)))
+    size += -size % ways
     rows = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
     return np.concatenate(jax.device_get(
         [function(*(array[part] for array in arrays)) for part in rows]))[:count]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _of_rows(function):
+    """Jits function(module, config, params, rows [B, ...]), of which each device gets its rows."""
+    def run(module, config, constrain, params, rows):
+        one = functools.partial(function, module, config)
+        return constrain.divide(one, ('batch',), params)(rows)
+    return jax.jit(run, static_argnums=(0, 1, 2))
+
+
+@_of_rows
 def encode(module, config, params, images):
     return module.encode(params, config, images)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@_of_rows
 def decode(module, config, params, ids):
     return to_uint8(module.decode(params, config, ids))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@_of_rows
 def embed_text(module, config, params, text):
     return module.embed_text(params, config, text)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@_of_rows
 def embed_image(module, config, params, images):
     return module.embed_image(params, config, images)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def likelihood(module, config, params, ids, text):
-    return module.likelihood(params, config, text, ids)[1]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def likelihood(module, config, constrain, dtype, params, ids, text):
+    return module.likelihood(params, config, text, ids, dtype, constrain)[1]

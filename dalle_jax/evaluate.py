@@ -48,8 +48,11 @@ class EvaluateConfig:
     lookup_images: int = 2048
 
 
-def run(config, workdir: str) -> dict[str, Any]:
+def run(config, workdir: str, mesh: str = '') -> dict[str, Any]:
     """Evaluates; returns what metrics.json holds.
+
+    Args:
+      mesh: see dalle_jax.load.
 
     Raises:
       ConfigError, RunError, CheckpointError: before anything is drawn.
@@ -63,7 +66,7 @@ def run(config, workdir: str) -> dict[str, Any]:
     out = Path(workdir)
     sampling = Sampling(options.candidates, options.temperature, options.top_k, options.top_p,
                         options.seed, options.batch)
-    model = Model(options.run, options.clip)
+    model = Model(options.run, options.clip, mesh)
     data = model.run.experiment.data
     if data.source != 'scenes' or model.run.experiment.model != 'dalle':
         raise runs.RunError(f'{options.run} is a {model.run.experiment.model} run on '
@@ -176,9 +179,8 @@ def _samples(model, captions, sampling, path, split) -> dict[str, np.ndarray]:
 
 def _check_workdir(out: Path, options: EvaluateConfig, model: Any) -> None:
     stored = out / 'evaluate.json'
-    wanted = dataclasses.asdict(options) | {'weights': {
-        loaded.experiment.model: runs.fingerprint(loaded.params)
-        for loaded in (model.image_run, model.run, model.clip_run)}}
+    wanted = dataclasses.asdict(options) | {'weights': model.fingerprints,
+                                            'mesh': dict(model.mesh.shape)}
     if stored.exists() and json.loads(stored.read_text()) != wanted:
         raise runs.RunError(f'{out} holds an evaluation with other settings or weights; give '
                             'another --workdir, or remove it')
@@ -192,11 +194,13 @@ def _chunks(array, size):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected argument {argv[1]!r}')
-    run(CONFIG.value, WORKDIR.value)
+    run(CONFIG.value, WORKDIR.value, MESH.value)
 
 
 if __name__ == '__main__':
     CONFIG = config_lib.define_flag()
     WORKDIR = flags.DEFINE_string('workdir', None, 'Directory the results are written to.')
+    MESH = flags.DEFINE_string('mesh', '', "How the devices are used, such as 'tensor=2'; empty: "
+                               'each has a copy of the parameters. See dalle_jax.load.')
     flags.mark_flags_as_required(['config', 'workdir'])
     app.run(main)

@@ -7,6 +7,7 @@ be drawn again alone. Batch shapes are fixed and padded, so a program is compile
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,9 @@ import numpy as np
 
 from dalle_jax import drawing, machine, runs
 from dalle_jax.data.records import BadRecord
+from dalle_jax.models.context import unconstrained
+from dalle_jax.models.sampling import cast_matrices
+from dalle_jax.training import partition
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -28,8 +32,8 @@ class Sampling:
       top_k: only this many most probable tokens are drawn from; 0 is off.
       top_p: only the most probable tokens that together reach this probability; 1 is off.
       seed: with a caption and an index it determines an image.
-      batch: images drawn at once; 0: as many as fit into the memory, see Model.fit. The tokens
-        do not depend on it.
+      batch: images drawn at once, by all devices; 0: as many as fit into the memory, see
+        Model.fit. The tokens do not depend on it.
       guidance: s of logits = u + s (c - u), where c are the logits given the caption and u those
         given an empty one. 1 is off, 0 ignores the caption, and more than 1 follows it more
         closely, at the cost of variety (Ho and Salimans 2022, whose weight is s - 1). Doubles work
@@ -69,7 +73,7 @@ class Drawn(NamedTuple):
       scores: float32 [n], CLIP's similarity of caption and image, or None without a CLIP.
       truncated: the caption had more tokens than the model reads.
       batch: (captions, candidates) drawn at once. The same images come out bit by bit where it
-        is the same; other shapes round differently.
+        and the mesh are the same; others round differently.
     """
 
     caption: str
@@ -91,13 +95,27 @@ class Model:
 
     A dVAE run encodes and decodes; a DALL-E run also samples and scores, using the image
     tokenizer it was trained with (`image_run`); a CLIP run (`clip_run`) scores.
+
+    Attributes:
+      mesh: of the devices. The candidates, and the rows of all other batches, are divided over
+        'replica' and 'fsdp'; DALL-E's parameters over 'fsdp' and 'tensor', and the small ones of
+        image tokenizer and CLIP not at all.
+      fingerprints: kind of model -> runs.fingerprint of its parameters.
     """
 
-    def __init__(self, path: str | Path, clip: str | Path | None = None):
+    def __init__(self, path: str | Path, clip: str | Path | None = None, mesh: str = ''):
         runs.start_jax()
-        self.run = _load(path)
+        if jax.process_count() > 1:
+            raise runs.RunError(
+                f'{path}: this is one of {jax.process_count()} processes, and samples are drawn by '
+                'one process with its devices; start one without --distributed on each host, and '
+                'give them other captions, or another --first')
+        self.mesh, self.fingerprints = _mesh(mesh), {}
+        self._constrain = partition.Partitioner(self.mesh) if self.mesh.size > 1 else unconstrained
+        self._ways = drawing.batch_ways(self.mesh)
+        self.run = self._load(path)
         kind = self.run.experiment.model
-        self.clip_run = _load(clip) if clip else self.run if kind == 'clip' else None
+        self.clip_run = self._load(clip) if clip else self.run if kind == 'clip' else None
         self._dalle = self.run if kind == 'dalle' else None
         self.image_run = self.run if hasattr(self.run.module, 'decode') else None
         if self._dalle:
@@ -105,7 +123,7 @@ class Model:
             if not named:  # it was trained on codes
                 raise runs.RunError(f'{path} names no image tokenizer that decodes its tokens; run '
                                     'its train command again with --config.frozen.image=RUN')
-            self.image_run = _load(runs.named_by(named, self.run.path))
+            self.image_run = self._load(runs.named_by(named, self.run.path))
         if self.clip_run and self.clip_run.experiment.model != 'clip':
             raise runs.RunError(f'{clip} is a {self.clip_run.experiment.model} run; name a CLIP '
                                 'run to rank with')
@@ -115,11 +133,29 @@ class Model:
                                 f'{path} draws {self.image_run.config.image_size} px')
         self.dtype = machine.compute_dtype(self.run.experiment.precision)
 
+    def _load(self, path):
+        """A run whose parameters are where the mesh has them."""
+        def place(module, config):
+            tensor = self.mesh.shape['tensor']
+            if not hasattr(module, 'generate') or self.mesh.size == self.mesh.shape['replica']:
+                return partition.replicated(self.mesh)
+            if config.heads % tensor:
+                some = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
+                raise ValueError(f'tensor={tensor} does not divide the {config.heads} heads of '
+                                 f'{path}; {", ".join(map(str, some))} do')
+            shapes = jax.eval_shape(lambda: module.init(config, jax.random.key(0))[0])
+            return partition.Partitioner(self.mesh).shardings(module.axes(config), shapes)
+
+        run = runs.load(path, place)
+        self.fingerprints[run.experiment.model] = runs.fingerprint(run.params)
+        if hasattr(run.module, 'generate'):
+            cast_matrices(run.params, machine.compute_dtype(run.experiment.precision))
+        return run
+
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [B, S, S, 3] -> int32 tokens [B, h, w]."""
         run = self._need(self.image_run, 'encode images', 'a dVAE or DALL-E run')
-        return np.asarray(drawing.encode(run.module, run.config, run.params,
-                                         _checked(images, run.config)))
+        return self._of_rows(drawing.encode, run, _checked(images, run.config))
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """int32 tokens [B, h, w] -> uint8 images [B, S, S, 3]."""
@@ -128,7 +164,7 @@ class Model:
         if ids.ndim != 3 or ids.min() < 0 or ids.max() >= run.config.vocab:
             raise ValueError(f'tokens of shape {ids.shape} in [{ids.min()}, {ids.max()}]; expected '
                              f'[batch, h, w] with values in [0, {run.config.vocab})')
-        return np.asarray(drawing.decode(run.module, run.config, run.params, ids))
+        return self._of_rows(drawing.decode, run, ids)
 
     def sample(self, captions: Sequence[str], n: int = 1, seed: int = 0, *,
                image: np.ndarray | None = None, rows: int = 0, columns: int = 0, **options
@@ -152,15 +188,26 @@ class Model:
                              'each')
         if run is self.clip_run:
             return self._similarities(captions, images[:, None])[:, 0]
-        likelihood = functools.partial(drawing.likelihood, run.module, run.config, run.params)
-        return drawing.in_batches(likelihood, self.encode(images), self._ids(run, captions)[0])
+        likelihood = functools.partial(drawing.likelihood, run.module, run.config, self._constrain,
+                                       self.dtype, run.params)
+        return drawing.in_batches(likelihood, self._ways, self.encode(images),
+                                  self._ids(run, captions)[0])
+
+    def _bound(self, function, run):
+        """A function of drawing.py as one of rows, whose number self._ways divides."""
+        return functools.partial(function, run.module, run.config, self._constrain, run.params)
+
+    def _of_rows(self, function, run, rows):
+        """What it makes of any number of rows, at once."""
+        filled = drawing.filled(rows, self._ways)
+        return np.asarray(self._bound(function, run)(filled))[:len(rows)]
 
     def _similarities(self, captions, images):
         """CLIP's similarity of captions [C] and images uint8 [C, N, S, S, 3], float32 [C, N]."""
         run = self.clip_run
         text, shown = self._ids(run, captions)[0], images.reshape(-1, *images.shape[2:])
         of_text, of_image = (
-            drawing.in_batches(functools.partial(embed, run.module, run.config, run.params), rows)
+            drawing.in_batches(self._bound(embed, run), self._ways, rows)
             for embed, rows in ((drawing.embed_text, text),
                                 (drawing.embed_image, _checked(shown, run.config))))
         return (of_text[:, None] * of_image.reshape(*images.shape[:2], -1)).sum(axis=-1)
@@ -201,31 +248,38 @@ class Model:
             guidance=jnp.float32(sampling.guidance), dalle=run.module, config=run.config,
             tokenizer=self.image_run.module, tokenizer_config=self.image_run.config,
             dtype=self.dtype, top_k=sampling.top_k, nucleus=sampling.top_p < 1,
-            guided=sampling.guidance != 1, keep=(rows, columns))
+            guided=sampling.guidance != 1, keep=(rows, columns), constrain=self._constrain)
         return self._drawn(draw, captions, text, truncated, sampling, start, progress)
 
     def _drawn(self, draw, captions, text, truncated, sampling, start, progress):
         n, total = sampling.candidates, len(captions)
         shape = rows, width = drawing.batch_shape(sampling.batch, total, n)
+        count, pieces, each = drawing.division(rows, width, self._ways)
+
+        def wanted_of(a):  # the mesh may need more captions and candidates
+            return a.reshape(count, pieces * each, *a.shape[2:])[:rows, :width]
+
         for begin in range(start // rows * rows, total, rows):
-            chosen = [min(begin + i, total - 1) for i in range(rows)]  # the last batch is padded
+            chosen = [min(begin + i, total - 1) for i in range(count)]  # the last batch is padded
             wanted = range(max(start - begin, 0), min(rows, total - begin))
             if not wanted:
                 return
             parts = []
             for first in range(0, n, width):
-                indices = range(sampling.first + first, sampling.first + first + width)
+                indices = range(sampling.first + first, sampling.first + first + pieces * each)
                 keys = jnp.stack([image_keys(sampling.seed, captions[c], indices) for c in chosen])
-                *part, logp_text = jax.device_get(draw(text[chosen], keys))
-                parts.append(part)
+                *part, logp_text = jax.device_get(draw(
+                    text[chosen].repeat(pieces, axis=0), keys.reshape(count * pieces, each)))
+                parts.append([wanted_of(a) for a in part])
                 progress(len(wanted) * (min(first + width, n) - first))
             images, ids, logp = (np.concatenate(part, axis=1)[:, :n] for part in zip(*parts))
             scores = [None] * rows
             if self.clip_run:
-                scores = self._similarities([captions[c] for c in chosen], images)
+                scores = self._similarities([captions[c] for c in chosen[:rows]], images)
             for row in wanted:
                 yield Drawn(captions[begin + row], images[row], ids[row], logp[row],
-                            float(logp_text[row]), scores[row], bool(truncated[begin + row]), shape)
+                            float(logp_text[row * pieces]), scores[row],
+                            bool(truncated[begin + row]), shape)
 
     def fit(self, sampling: Sampling, captions: int) -> Sampling:
         """`sampling` with `batch` filled in where it is 0: the largest power of two that fits.
@@ -236,7 +290,8 @@ class Model:
             return sampling
         run = self._need(self._dalle, 'sample', 'a DALL-E run')
         return dataclasses.replace(sampling, batch=drawing.images_at_once(
-            run, self.image_run, captions, sampling.candidates, self.dtype, sampling.guidance != 1))
+            run, self.image_run, captions, sampling.candidates, self.dtype, sampling.guidance != 1,
+            self.mesh))
 
     def _prompt(self, image, rows, columns):
         """Codes int32 [R, C] of an image prompt, or None without one."""
@@ -293,10 +348,13 @@ def image_keys(seed: int, caption: str, indices: Sequence[int]) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(list(indices)))
 
 
-def _load(path):
-    """A run whose parameters are on the device, where every batch finds them."""
-    run = runs.load(path)
-    return run._replace(params=jax.device_put(run.params))
+def _mesh(text):
+    """The mesh of a text such as 'tensor=2': by default copies on all devices of this process, or
+    on as many of the first ones as `replica` says."""
+    config = partition.parse_mesh(text, partition.MeshConfig(replica=-1, fsdp=1))
+    extents = [getattr(config, axis) for axis in partition.AXES]
+    devices = jax.local_devices()
+    return partition.make_mesh(config, devices if -1 in extents else devices[:math.prod(extents)])
 
 
 def _checked(images, config):

@@ -88,7 +88,7 @@ def _experiment(config, target, mesh):
     if getattr(arch, 'attention', '') == 'auto':
         arch = dataclasses.replace(arch, attention=_kernel(arch, precision, target.chip.platform))
     return dataclasses.replace(config, arch=arch, precision=precision,
-                               mesh=dataclasses.replace(config.mesh, **parse_mesh(mesh)))
+                               mesh=partition.parse_mesh(mesh, config.mesh))
 
 
 def _kernel(arch, precision, platform):
@@ -98,18 +98,6 @@ def _kernel(arch, precision, platform):
     # GPUs are fast in float32 by rounding products, which the kernel does not.
     there_is = arch.width // arch.heads in flash.SIZES and precision != 'float32'
     return 'pallas' if there_is else 'blocked'
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """'replica=64,fsdp=16' -> {'replica': 64, 'fsdp': 16}."""
-    found = {}
-    for part in filter(None, text.split(',')):
-        axis, _, extent = part.partition('=')
-        if axis not in partition.AXES or not extent.removeprefix('-').isdigit():
-            raise ValueError(f'--mesh={text!r}: write AXIS=EXTENT,... with the axes '
-                             f'{", ".join(partition.AXES)}, such as replica=64,fsdp=16')
-        found[axis] = int(extent)
-    return found
 
 
 @dataclasses.dataclass(frozen=True)

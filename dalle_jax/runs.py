@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -168,22 +168,28 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-def load(path: str | Path) -> Loaded:
+def load(path: str | Path, place: Callable[[Any, Any], Any] | None = None) -> Loaded:
     """Reads a finished run's config, parameters and tokenizer.
+
+    Args:
+      place: (module, config) -> where the parameters live, one sharding or a tree of them, to which
+        they are read directly; None: numpy arrays.
 
     Raises:
       RunError: no run there, or it is not finished. CheckpointError: nothing usable saved.
     """
-    from dalle_jax.training.checkpoint import restore_subtree
+    from dalle_jax.training.checkpoint import restore_params
 
     path = Path(path)
     experiment = read_config(path)
     if not (path / 'done.json').exists():
         raise RunError(f'{path} has not finished training; run its train command again, it '
                        'continues where it stopped')
-    step, trees = restore_subtree(path / 'checkpoints', ('params', 'averages'))
-    return Loaded(path, experiment, config_lib.model_module(experiment.model), experiment.arch,
-                  trees['averages'] or trees['params'], step, load_tokenizer(path))
+    module = config_lib.model_module(experiment.model)
+    # Before reading, whose errors are taken for those of a damaged checkpoint.
+    shardings = place(module, experiment.arch) if place else None
+    step, params = restore_params(path / 'checkpoints', shardings)
+    return Loaded(path, experiment, module, experiment.arch, params, step, load_tokenizer(path))
 
 
 def named_by(path: str | Path, run: str | Path) -> Path:

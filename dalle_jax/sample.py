@@ -129,10 +129,10 @@ FIELDS = ('file', 'index', 'rank', 'logp_text', 'logp_image', 'clip_score', 'tru
 
 def _settings(model, captions, sampling, keep, notes, prompt):
     """All that the files depend on, and for readers the paths of the run and of the prompt."""
-    weights = {f'weights of the {loaded.experiment.model}': runs.fingerprint(loaded.params)
-               for loaded in (model.image_run, model.run, model.clip_run) if loaded}
+    weights = {f'weights of the {kind}': value for kind, value in model.fingerprints.items()}
     written = json.dumps([list(captions), [dict(note) for note in notes]])
-    return {'run': str(model.run.path), **weights, 'dtype': str(model.dtype), **asdict(sampling),
+    return {'run': str(model.run.path), **weights, 'dtype': str(model.dtype),
+            'mesh': dict(model.mesh.shape), **asdict(sampling),
             'keep': keep, 'captions': len(captions), 'hash of captions': _hash(written.encode()),
             'image_prompt': prompt.file if prompt else None,
             'hash of image_prompt': _hash(prompt.image.tobytes()) if prompt else None,
@@ -292,7 +292,7 @@ def main(argv):
         raise app.UsageError('--rows and --columns say what is kept of --image_prompt; give one')
     sampling = Sampling(FLAGS.n, FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.seed,
                         FLAGS.batch, FLAGS.guidance, FLAGS.first)
-    model, prompt = Model(FLAGS.run, FLAGS.clip), None
+    model, prompt = Model(FLAGS.run, FLAGS.clip, FLAGS.mesh), None
     if FLAGS.image_prompt:
         prompt = read_prompt(FLAGS.image_prompt, model.image_run.config.image_size, FLAGS.rows,
                              FLAGS.columns)
@@ -317,6 +317,8 @@ if __name__ == '__main__':
     flags.DEFINE_integer('first', 0, 'Index of the first candidate: with --n 1, image --first is '
                          'drawn alone.')
     flags.DEFINE_integer('batch', 0, 'Images drawn at once; 0: as many as fit into the memory.')
+    flags.DEFINE_string('mesh', '', "How the devices are used, such as 'tensor=2'; empty: each has "
+                        'a copy of the parameters and draws its share. See dalle_jax.load.')
     flags.DEFINE_string('image_prompt', None, 'Image of which --rows and --columns are kept.')
     flags.DEFINE_integer('rows', 0, "Token rows kept of the image prompt's top.")
     flags.DEFINE_integer('columns', 0, 'Token columns kept of its left.')

@@ -5,7 +5,9 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Tests compile much and compute little; processes that tests start inherit this.
-os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 ' + os.environ.get('XLA_FLAGS', '')
+os.environ['XLA_FLAGS'] = ' '.join(['--xla_backend_optimization_level=0',
+                                    '--xla_cpu_use_fusion_emitters=false',  # half the time
+                                    os.environ.get('XLA_FLAGS', '')])
 os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='dalle_jax_tests_')
 
 import jax  # noqa: E402

@@ -19,7 +19,8 @@ CAPTIONS = ['a small red circle on a white background',
             'a small orange square on a black background']
 
 
-QUICK = {'loop.valid_batches': 2, 'loop.log_every': 10, 'optimizer.name': 'adamw'}
+QUICK = {'loop.valid_batches': 2, 'loop.log_every': 10, 'loop.save_every': 20,
+         'optimizer.name': 'adamw'}
 SMALL_DVAE = {'arch.widths': (16, 32), 'arch.blocks_per_group': 1, 'arch.n_init': 32,
               'arch.vocab': 64}
 SMALL_DALLE = {'arch.width': 32, 'arch.heads': 2, 'arch.depth': 2}

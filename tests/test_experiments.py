@@ -1,6 +1,7 @@
 """Every experiment traces: a full training step by shapes alone, with its parameter count."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,13 @@ def family_count(config):
     return layers + inputs + (config.text_vocab + config.image_vocab) * d
 
 
-@pytest.mark.parametrize('spec', COUNTS)
+# Differ from others in nothing but numbers.
+SIZES = ('5.6b', '2.8b', '1.3b', '0.7b', 'large', 'base', 'small', 'medium', 'b16')
+
+
+@pytest.mark.parametrize('spec', [
+    pytest.param(spec, marks=pytest.mark.slow) if re.search(r':([\w.]+)', spec)[1] in SIZES else spec
+    for spec in COUNTS])
 def test_training_step_traces(spec):
     experiment = config_lib.resolve(config_lib.load(f'experiments/{spec}'))
     model = config_lib.model_module(experiment.model)

@@ -4,6 +4,7 @@ The models' parameters are random, and large, so that tokens depend on everythin
 """
 
 import math
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import drawing, generate, runs
 from dalle_jax.data.text import Tokenizer
 from dalle_jax.generate import Sampling
 from dalle_jax.models import clip, dalle, dvae
+from dalle_jax.training import checkpoint, partition
 
 CAPTIONS = ['a red circle', 'a large blue star above a ring', 'two small squares', 'green',
             'a ring']
@@ -27,14 +30,15 @@ CLIP = clip.Config(image_size=16, patch=8, image_width=16, image_depth=1, image_
                    text_length=11, text_width=16, text_depth=1, text_heads=2, embedding=8)
 
 
-def tiny_model(with_clip=True, **arch):
+def tiny_model(with_clip=True, mesh='replica=1', **arch):
     """A generate.Model of untrained runs, without any directory."""
     bpe = Tokenizer.train(CAPTIONS, 64)
     sizes = {'text_vocab': bpe.vocab_size}
     configs = {'dvae': DVAE, 'dalle': dalle.Config(**vars_of(DALLE) | sizes | arch),
                'clip': clip.Config(**vars_of(CLIP) | sizes)}
 
-    def load(path):
+    def load(path, place):
+        path = Path(path)
         module, config = {'dvae': dvae, 'dalle': dalle, 'clip': clip}[path.name], configs[path.name]
         rng, shapes = np.random.default_rng(0), jax.eval_shape(
             lambda: module.init(config, jax.random.key(0))[0])
@@ -42,12 +46,13 @@ def tiny_model(with_clip=True, **arch):
             x.shape, {'gain': 1.0, 'bias': 0.0}.get(leaf[-1].key, rng.normal(0, 0.5, x.shape)),
             x.dtype), shapes)
         experiment = SimpleNamespace(model=path.name, precision='float32', frozen={'image': 'dvae'})
-        return runs.Loaded(path, experiment, module, config, params, 1,
+        return runs.Loaded(path, experiment, module, config,
+                           jax.device_put(params, place(module, config)), 1,
                            None if path.name == 'dvae' else bpe)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, 'load', lambda path: load(Path(path)))
-        return generate.Model('dalle', 'clip' if with_clip else None)
+        patch.setattr(runs, 'load', load)
+        return generate.Model('dalle', 'clip' if with_clip else None, mesh)
 
 
 def vars_of(config):
@@ -155,6 +160,88 @@ def test_scores_in_parts_are_those_of_single_pairs(model, eight, monkeypatch):
         model.score(CAPTIONS[:2], eight[0].images[:3])
 
 
+MESHES = {'replica=2': (32, 128), 'fsdp=2': (16, 128), 'tensor=2': (32, 64)}
+
+
+@pytest.fixture(scope='module')
+def on_two():
+    """Mesh -> the same model on two devices."""
+    return {mesh: tiny_model(mesh=mesh) for mesh in MESHES}
+
+
+@pytest.mark.parametrize('mesh,batch', [*zip(MESHES, (16, 3, 3))])  # two captions, or a part of one
+def test_two_devices_draw_what_one_does(model, eight, on_two, mesh, batch):
+    two = on_two[mesh]
+    kernel = two.run.params['transformer']['tail']['0']['mlp']['up']['kernel']
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {MESHES[mesh]}
+    assert len(kernel.addressable_shards) == 2 and two.fingerprints == model.fingerprints
+    for a, b in zip(two.sample(CAPTIONS, 8, seed=3, batch=batch), eight, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.images.astype(int), b.images, atol=1)  # rounded
+        np.testing.assert_allclose(a.logp, b.logp, rtol=1e-4)
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
+        assert a.logp_text == pytest.approx(b.logp_text, rel=1e-4)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_two_devices_score_what_one_does(eight, on_two, monkeypatch, mesh):
+    """Five images, which is no multiple of two; by likelihoods, which need their codes."""
+    monkeypatch.setattr(on_two[mesh], 'clip_run', None)
+    codes = np.stack([drawn.ids[0] for drawn in eight])
+    monkeypatch.setattr(on_two[mesh], 'encode', lambda images: codes)
+    found = on_two[mesh].score(CAPTIONS, np.zeros(5))
+    np.testing.assert_allclose(found, [drawn.logp[0] for drawn in eight], rtol=1e-4)
+
+
+def test_two_devices_encode_and_decode_what_one_does(model, eight, on_two):
+    images, two = np.concatenate([drawn.images for drawn in eight])[:5], on_two['replica=2']
+    codes = model.encode(images)
+    np.testing.assert_array_equal(two.encode(images), codes)
+    np.testing.assert_allclose(two.decode(codes).astype(int), model.decode(codes), atol=1)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(monkeypatch):
+    for mesh, match in (('tensr=2', "mesh 'tensr=2': 'tensr=2'; write AXIS=EXTENT"),
+                        ('fsdp', 'write AXIS=EXTENT'), ('tensor=1,tensor=2', 'at most once'),
+                        ('tensor=3', 'needs 3 devices, but there are 2'),
+                        ('replica=1,tensor=4', 'needs 4 devices, but there are 2')):
+        with pytest.raises(ValueError, match=match):
+            tiny_model(mesh=mesh)
+    with pytest.raises(ValueError, match='tensor=2 does not divide the 1 heads of dalle; 1 do'):
+        tiny_model(mesh='tensor=2', heads=1)
+    monkeypatch.setattr(jax, 'process_count', lambda: 4)
+    with pytest.raises(runs.RunError, match='dalle: this is one of 4 processes'):
+        tiny_model()
+
+
+def test_parameters_are_read_to_where_they_live(tmp_path):
+    """And the averages, where there are any; the other arrays are not read."""
+    State = namedtuple('State', 'params averages step')
+    mesh = partition.make_mesh(partition.MeshConfig())
+    place = {'w': NamedSharding(mesh, PartitionSpec('fsdp')), 'b': partition.replicated(mesh)}
+    w = np.arange(24, dtype=np.float32).reshape(6, 4)
+    for step, averages in enumerate([{}, {'w': 2 * w, 'b': w[0]}]):
+        saved = checkpoint.Checkpoints(tmp_path / str(step))
+        saved.save(3, jax.device_put(State({'w': w, 'b': w[0]}, averages, np.int32(3))))
+        saved.close()
+        found, params = checkpoint.restore_params(tmp_path / str(step), place)
+        assert found == 3 and params['w'].sharding == place['w']
+        assert {shard.data.shape for shard in params['w'].addressable_shards} == {(3, 4)}
+        np.testing.assert_array_equal(params['w'], w * (1 + step))
+        assert isinstance(checkpoint.restore_params(tmp_path / str(step))[1]['w'], np.ndarray)
+
+
+@given(captions=st.integers(1, 20), candidates=st.integers(1, 40), ways=st.integers(1, 12))
+def test_divided_batches_are_alike_and_as_full_as_they_can_be(captions, candidates, ways):
+    rows, pieces, each = drawing.division(captions, candidates, ways)
+    assert rows >= captions and pieces * each >= candidates and rows * pieces % ways == 0
+    if ways == 1:
+        assert (rows, pieces, each) == (captions, 1, candidates)
+    # No worse than dividing captions alone, or the candidates of each.
+    assert rows * pieces * each <= -(-captions // ways) * ways * candidates
+    assert rows * pieces * each <= captions * -(-candidates // ways) * ways
+
+
 @given(batch=st.integers(1, 600), captions=st.integers(1, 50), candidates=st.integers(1, 600))
 def test_batches_are_as_few_and_as_full_as_they_can_be(batch, captions, candidates):
     rows, width = drawing.batch_shape(batch, captions, candidates)
@@ -189,6 +276,25 @@ def test_candidates_that_do_not_fit_are_split_and_told(model, monkeypatch, capsy
     batches = [fit(free, candidates=64) for free in range(0, 2**25, 2**21)]
     assert batches == sorted(batches) and batches[0] == 1
     assert all(math.log2(batch).is_integer() for batch in batches)
+
+
+def test_memory_is_that_of_each_device(model, on_two, monkeypatch):
+    """Two of a CPU, which share its memory."""
+    def fit(model, free, candidates):
+        monkeypatch.setattr(drawing.machine, 'memory', lambda: int(free / drawing.MEMORY_SHARE))
+        return model.fit(Sampling(candidates=candidates), captions=1).batch
+
+    fits = [(fit(model, free, 64), fit(on_two['replica=2'], 2 * free, 128))
+            for free in range(0, 2**24, 2**20)]
+    assert len(set(fits)) > 2 and all(two == 2 * one for one, two in fits)
+
+    # With half of the heads, but all of the decoder: 50 candidates 4 times 13, see below.
+    params = on_two['tensor=2'].run.params
+    need = (sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
+            + drawing.decoding_bytes(model.image_run, 13)
+            + dalle.sample_bytes(model.run.config, 1, 13, model.dtype, False) // 2)
+    assert fit(on_two['tensor=2'], 2 * need + 8, 50) == 16
+    assert fit(on_two['tensor=2'], 2 * need - 8, 50) == 8
 
 
 def test_decoding_bytes_cover_the_largest_activation(model):

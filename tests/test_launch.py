@@ -76,8 +76,9 @@ start = notes(f'{rank} start')
 '''
 
 SUPERVISOR = '''
-import json, sys
+import json, signal, sys
 from launch import supervise
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 commands, workdir, options = json.loads(sys.argv[1])
 sys.exit(supervise.supervise(lambda: [supervise.spawn(c) for c in commands], workdir, **options))
 '''

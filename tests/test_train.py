@@ -17,7 +17,7 @@ from dalle_jax.report import read_metrics
 
 TINY = {'arch.widths': (8, 8), 'arch.vocab': 16, 'arch.n_init': 8, 'arch.blocks_per_group': 1,
         'data.train_length': 4096, 'data.valid_length': 16, 'loop.group': 2, 'loop.log_every': 2,
-        'loop.snapshot_every': 0, 'loop.valid_every': 20,
+        'loop.snapshot_every': 0, 'loop.valid_every': 20, 'loop.save_every': 20,
         'loop.prng': 'threefry2x32'}
 
 

@@ -18,6 +18,7 @@ trained in float16 also exports
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -41,9 +42,10 @@ class Unconstrained:
         del axes
         return x
 
-    def divide(self, function: Callable, axes: tuple[str | None, ...]) -> Callable:
+    def divide(self, function: Callable, axes: tuple[str | None, ...], whole: Any = None
+               ) -> Callable:
         del axes
-        return function
+        return function if whole is None else functools.partial(function, whole)
 
 
 unconstrained = Unconstrained()
@@ -62,8 +64,9 @@ class Context:
       dtype: what matrix products and convolutions compute in; parameters, the residual stream,
         softmax and losses stay float32.
       constrain: (array, logical axes) -> array, pins an activation's sharding on the mesh. Its
-        divide(function, logical axes) -> function runs it on each device's part of such arrays,
-        which is how kernels must be called.
+        divide(function, logical axes, whole=None) -> function runs it on each device's part of such
+        arrays, which is how kernels must be called; behind `whole`, a tree of arrays that all need
+        undivided, if there is one.
       scales: like branches(config), scaling.Scale of each resblock, or None: see scaling.py.
     """
 

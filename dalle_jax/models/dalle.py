@@ -115,27 +115,29 @@ def _codes(batch, ctx):
 
 
 def likelihood(params: Any, config: Config, text: jax.Array, ids: jax.Array,
-               dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+               dtype: Any = jnp.float32, constrain: Any = unconstrained
+               ) -> tuple[jax.Array, jax.Array]:
     """Log-likelihoods in nats: ln p(text) and ln p(image | text).
 
     Args:
       text: int32 [B, T - 1].
       ids: int32 [B, R, C].
+      constrain: Context.constrain.
 
     Returns:
       float32 [B] each; of the text, the slots that config.pads counts.
     """
     ids = ids.reshape(len(ids), -1)
-    of_text, of_image = _states(params, config, text, ids, dtype, unconstrained)
+    of_text, of_image = _states(params, config, text, ids, dtype, constrain)
     nats = losses.vocabulary_cross_entropy(of_image, params['heads']['image'], ids, dtype)
     return _text_likelihood(params, config, text, of_text, dtype), -nats.sum(axis=1)
 
 
-def text_likelihood(params: Any, config: Config, text: jax.Array, dtype: Any = jnp.float32
-                    ) -> jax.Array:
+def text_likelihood(params: Any, config: Config, text: jax.Array, dtype: Any = jnp.float32,
+                    constrain: Any = unconstrained) -> jax.Array:
     """The first of `likelihood`, without an image: ln p(text), float32 [B]."""
     x, _ = decoding.prefill(params['transformer'], config.blocks, embed_text(params, text),
-                            dtype=dtype)
+                            dtype=dtype, constrain=constrain)
     return _text_likelihood(params, config, text, x[:, :-1], dtype)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from dalle_jax.models import attention
+from dalle_jax.models.context import unconstrained
 from dalle_jax.models.layers import contract, layer_norm, tiled
 from dalle_jax.models.patterns import Layout, offsets
 from dalle_jax.models.transformer import BlockConfig, by_place, run_layers
@@ -103,8 +104,8 @@ def tiled_stack(params: Any, rows: int) -> Any:
     return walk('', params)
 
 
-def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32
-            ) -> tuple[jax.Array, Any]:
+def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.float32,
+            constrain: Any = unconstrained) -> tuple[jax.Array, Any]:
     """All layers for the text states [B, T, d], which see nothing but text.
 
     Returns:
@@ -116,12 +117,13 @@ def prefill(params: Any, config: BlockConfig, x: jax.Array, *, dtype: Any = jnp.
         del kind, place, layer
         return attention.attend('causal', q, k, v), (k, v)
 
-    x, kept = run_layers(params, config, x, attend, dtype)
+    x, kept = run_layers(params, config, x, attend, dtype, constrain=constrain)
     return layer_norm(x, params['norm'], config.eps), kept
 
 
 def prefill_image(params: Any, config: BlockConfig, x: jax.Array, count: int, candidates: int, *,
-                  dtype: Any = jnp.float32) -> tuple[jax.Array, Any, 'Caches']:
+                  dtype: Any = jnp.float32, constrain: Any = unconstrained
+                  ) -> tuple[jax.Array, Any, 'Caches']:
     """All layers for text and image states, from which candidates go on after `count` of them.
 
     Args:
@@ -135,9 +137,9 @@ def prefill_image(params: Any, config: BlockConfig, x: jax.Array, count: int, ca
 
     def attend(kind, place, layer, q, k, v):
         del place, layer
-        return attention.attend(kind, q, k, v, config.layout, config.attention), (k, v)
+        return attention.attend(kind, q, k, v, config.layout, config.attention, constrain), (k, v)
 
-    x, kept = run_layers(params, config, x, attend, dtype)
+    x, kept = run_layers(params, config, x, attend, dtype, constrain=constrain)
 
     def pairs(function):
         return by_place(config, lambda place, kind: tuple(
@@ -200,7 +202,8 @@ def empty_caches(config: BlockConfig, batch: int, candidates: int, dtype: Any = 
 
 
 def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, text: Any,
-         caches: Caches, *, dtype: Any = jnp.float32) -> tuple[jax.Array, Caches]:
+         caches: Caches, *, dtype: Any = jnp.float32, constrain: Any = unconstrained
+         ) -> tuple[jax.Array, Caches]:
     """All layers for the next image state of each of N candidates.
 
     A step first writes the state before it into the caches; the layers then only read them, and
@@ -212,6 +215,7 @@ def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, te
       position: int32 scalar, index of the image state; may be traced.
       text: from `prefill`.
       caches: from `empty_caches` or the step before.
+      constrain: Context.constrain.
 
     Returns:
       float32 [B, N, d] behind the final layernorm, and the caches.
@@ -233,16 +237,26 @@ def step(params: Any, config: BlockConfig, x: jax.Array, position: jax.Array, te
 
     def attend(kind, place, layer, q, k, v):
         part, name = place
+        q, k, v = map(at_caches, (q, k, v))
         lane, _ = cache_address(kind, config.layout, position)
         cache = [_at(x, (*layer, *lane)) for x in past[part][name]]
         out = attend_cached(
             q, k, v, [_at(x, layer) for x in text[part][name]],
             [x.reshape(*q.shape[:3], *x.shape[-2:]) for x in cache],
             cache_visible(kind, config.layout, position))
-        return out, (k, v)
+        return at_matrices(out, ('batch', 'heads', None, None)), (k, v)
 
-    x, last = run_layers(params, config, x, attend, dtype)
-    return layer_norm(x, params['norm'], config.eps), Caches(past, last)
+    def at_caches(a):
+        return constrain(a, ('batch', 'heads', None, None))
+
+    # A few states are less than a layer: where matrices are divided over 'fsdp', the states go to
+    # them, instead of them to the states as in training (Pope et al. 2022, sec. 3.2.2).
+    def at_matrices(a, axes):
+        return constrain(a, ('copies', *axes[1:]))
+
+    x, last = run_layers(params, config, x, attend, dtype, constrain=at_matrices)
+    x = constrain(layer_norm(x, params['norm'], config.eps), ('batch', None, None))
+    return x, Caches(past, last)
 
 
 def _at(stack: jax.Array, index: tuple) -> jax.Array:

@@ -3,6 +3,7 @@
 C captions, N candidates of a caption, T text and I = R x C image states, V image tokens, d width.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from dalle_jax.models import decoding, losses
+from dalle_jax.models.context import unconstrained
 from dalle_jax.models.dalle_network import Config, embed_image, embed_text, logits
 from dalle_jax.models.layers import tiled
 
@@ -50,11 +52,20 @@ def matrices_in(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def cast_matrices(params: Any, dtype: Any) -> None:
+    """`matrices_in`, in place and one after the other, so that both never exist as a whole."""
+    for name, x in params.items():
+        if isinstance(x, dict) and name != 'heads':
+            cast_matrices(x, dtype)
+        else:
+            params[name] = matrices_in({name: x}, dtype)[name]
+
+
 def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
              temperature: jax.Array | float = 1.0, top_k: int = 0, top_p: jax.Array | float = 1.0,
              guidance: jax.Array | float = 1.0, image: jax.Array | None = None,
-             keep: tuple[int, int] = (0, 0), dtype: Any = jnp.float32
-             ) -> tuple[jax.Array, jax.Array]:
+             keep: tuple[int, int] = (0, 0), dtype: Any = jnp.float32,
+             constrain: Any = unconstrained) -> tuple[jax.Array, jax.Array]:
     """Draws N images for each of C captions, token by token; to be called under jit.
 
     The caption is read once and its keys and values are shared by its candidates. Token i of an
@@ -75,6 +86,7 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
       keep: how many top rows and left columns of the prompt are kept; the rest, a rectangle that
         reaches the bottom right corner, is drawn (Ramesh et al. 2021, sec. 3.3). Static.
       dtype: of the matrix products and caches.
+      constrain: Context.constrain, of a mesh whose replica x fsdp divides C.
 
     Returns:
       int32 tokens [C, N, R, C], and the log-likelihood of all of them (also of kept ones) given
@@ -91,27 +103,46 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
     first = int(np.argmin(kept))  # what is kept before it is read at once
     guided = not (isinstance(guidance, (int, float)) and guidance == 1)
 
-    def doubled(x):  # the captions, and behind them as many empty ones
-        return jnp.concatenate([x, x]) if guided else x
+    branches = 2 if guided else 1  # each caption and, behind it on the same device, an empty one
+
+    def doubled(x):
+        return jnp.repeat(x, branches, axis=0)
+
+    def branch(x, which):
+        return x.reshape(captions, branches, *x.shape[1:])[:, which]
 
     params = matrices_in(params, dtype)
+    # Whole tables and head: a lookup in divided ones would gather the states instead.
+    params |= jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), {
+        'text': params['text'], 'image': params['image'],
+        'heads': {'image': params['heads']['image']}})
     stack, blocks, p = params['transformer'], config.blocks, params['image']
-    x = embed_text(params, jnp.concatenate([text, 0 * text]) if guided else text)
+    text, keys = constrain(text, ('batch', None)), constrain(keys, ('batch', None))
+    x = embed_text(params, jnp.stack([text, 0 * text][:branches], axis=1).reshape(
+        -1, text.shape[1]))
     logp = jnp.zeros((captions, candidates))
     if first:
         x = jnp.concatenate([x, doubled(embed_image(params, given[:, :-1]))], axis=1)
-        x, prompt, caches = decoding.prefill_image(stack, blocks, x, first, candidates, dtype=dtype)
+        x, prompt, caches = decoding.prefill_image(stack, blocks, x, first, candidates, dtype=dtype,
+                                                   constrain=constrain)
         nats = losses.vocabulary_cross_entropy(
-            x[:captions, config.text_length:][:, :first], params['heads']['image'],
+            branch(x, 0)[:, config.text_length:][:, :first], params['heads']['image'],
             given[:, :first], dtype)
         logp -= nats.sum(axis=1)[:, None]
     else:
         caches = decoding.empty_caches(blocks, len(x), candidates, dtype)
-        _, prompt = decoding.prefill(stack, blocks, x, dtype=dtype)
-    if jax.default_backend() == 'cpu':
+        _, prompt = decoding.prefill(stack, blocks, x, dtype=dtype, constrain=constrain)
+    if jax.default_backend() == 'cpu' and constrain is unconstrained:
         rows = len(x) * candidates
         stack = decoding.tiled_stack(stack, rows)
         params = {'heads': {'image': tiled(params['heads']['image'], rows)}}
+
+    def chosen(position, scores, keys):
+        # The largest of logits / t + noise is a sample; times t, the limit t = 0 is no exception.
+        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(
+            jax.random.fold_in(key, position), (config.image_vocab,))))(keys)
+        noisy = filter_logits(scores, temperature, top_k, top_p) + temperature * noise
+        return lax.top_k(noisy, 1)[1][..., 0]  # argmax, which CPUs do not vectorise
 
     def draw(carry, scanned):
         caches, previous, logp = carry
@@ -119,16 +150,14 @@ def generate(params: Any, config: Config, text: jax.Array, *, keys: jax.Array,
         row, column = position // config.grid[1], position % config.grid[1]
         x = jnp.where(position == 0, p['start'][None, None], p['tokens'][previous])
         x = doubled(x + (p['rows'][row] + p['columns'][column])[None, None])
-        x, caches = decoding.step(stack, blocks, x, position, prompt, caches, dtype=dtype)
+        x, caches = decoding.step(stack, blocks, x, position, prompt, caches, dtype=dtype,
+                                  constrain=constrain)
         scores = logits(params, x, 'image', dtype)
-        plain = scores[:captions]
+        plain = branch(scores, 0)
         if guided:
-            scores = scores[captions:] + guidance * (plain - scores[captions:])
-        # The largest of logits / t + noise is a sample; times t, the limit t = 0 is no exception.
-        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(
-            jax.random.fold_in(key, position), (config.image_vocab,))))(keys)
-        noisy = filter_logits(scores, temperature, top_k, top_p) + temperature * noise
-        token = lax.top_k(noisy, 1)[1][..., 0]  # argmax, which CPUs do not vectorise
+            empty = branch(scores, 1)
+        scores = empty + guidance * (plain - empty) if guided else plain
+        token = constrain.divide(functools.partial(chosen, position), ('batch',))(scores, keys)
         token = jnp.where(kept, given[:, None], token)
         return (caches, token, logp - losses.cross_entropy(plain, token)), token
 

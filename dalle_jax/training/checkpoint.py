@@ -5,6 +5,7 @@ not notice a flipped byte in array data, so every leaf carries a checksum of its
 the device (sharding-independent) and checked after restore. This file is the only home of orbax.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,12 +74,32 @@ class Checkpoints:
 
     def read(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
         """Some entries of a saved state as numpy arrays; those that it lacks as {}."""
-        tree = self._manager.item_metadata(step)['state'].tree
-        wanted = {name: tree[name] for name in names if tree.get(name)}
+        saved = self._manager.item_metadata(step)['state'].tree
+        found = self._read(step, {name: saved[name] for name in names if saved.get(name)})
+        return dict.fromkeys(names, {}) | found
+
+    def read_params(self, step: int, shardings: Any = None) -> Any:
+        """The averaged parameters, or where none are kept the parameters.
+
+        Args:
+          shardings: one, or a tree of them: the arrays are read to where they live, and none ever
+            exists undivided. None: numpy arrays.
+        """
+        saved = self._manager.item_metadata(step)['state'].tree
+        name = 'averages' if saved.get('averages') else 'params'
+        return self._read(step, {name: saved[name]}, shardings)[name]
+
+    def _read(self, step, wanted, shardings=None):
         abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted,
                                 is_leaf=lambda m: hasattr(m, 'dtype'))
-        args = jax.tree.map(lambda a: self._ocp.RestoreArgs(restore_type=np.ndarray), abstract)
-        return dict.fromkeys(names, {}) | self._verified(step, abstract, args, partial=True)
+        if shardings is None:
+            args = jax.tree.map(lambda a: self._ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+        else:
+            abstract = {name: jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree,
+                jax.tree.broadcast(shardings, tree)) for name, tree in abstract.items()}
+            args = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self._verified(step, abstract, args, partial=True)
 
     def newest(self, restore: Callable[[int], Any]) -> tuple[int, Any] | None:
         """(step, restore(step)) of the newest step for which that succeeds; see `restore`."""
@@ -130,13 +151,24 @@ def restore_subtree(directory: str | Path, names: tuple[str, ...]) -> tuple[int,
     Raises:
       CheckpointError: no checkpoint, or none that verifies.
     """
+    return _from_newest(directory, lambda checkpoints, step: checkpoints.read(step, names))
+
+
+def restore_params(directory: str | Path, shardings: Any = None) -> tuple[int, Any]:
+    """(step, what `Checkpoints.read_params` reads) of the newest usable state, like
+    `restore_subtree`."""
+    return _from_newest(
+        directory, lambda checkpoints, step: checkpoints.read_params(step, shardings))
+
+
+def _from_newest(directory, read):
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise CheckpointError(f'there are no checkpoints in {directory}. Train the run, or name '
                               'another one.')
     checkpoints = Checkpoints(directory, read_only=True)
     try:
-        found = checkpoints.newest(lambda step: checkpoints.read(step, names))
+        found = checkpoints.newest(functools.partial(read, checkpoints))
     finally:
         checkpoints.close()
     if found is None:

@@ -23,11 +23,13 @@ BATCH = PartitionSpec(DATA)
 # not divided.
 RULES = {
     'batch': DATA,
+    'copies': ('replica',),  # a batch that all devices need that share a copy of the parameters
     'embed': ('fsdp',),
     'vocab': ('fsdp',),
     'heads': ('tensor',),
     'mlp': ('tensor',),
 }
+OF_PARAMETERS = tuple(name for name in RULES if name not in ('batch', 'copies'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +65,30 @@ def parse_rules(text: str) -> dict[str, tuple[str, ...]]:
     for part in filter(None, text.split(',')):
         name, equals, axes = (piece.strip() for piece in part.partition('='))
         axes = tuple(axis for axis in axes.split('+') if axis)
-        if not equals or name not in RULES or name == 'batch':
+        if not equals or name not in OF_PARAMETERS:
             raise ValueError(f'mesh.rules has {part!r}; write AXIS=MESHAXIS+MESHAXIS or AXIS= with '
-                             f'an AXIS of {", ".join(n for n in RULES if n != "batch")}')
+                             f'an AXIS of {", ".join(OF_PARAMETERS)}')
         if strangers := set(axes) - {'fsdp', 'tensor'}:
             raise ValueError(f'mesh.rules has {part!r}: parameters live on fsdp and tensor, not '
                              f'on {", ".join(sorted(strangers))}')
         rules[name] = axes
     return rules
+
+
+def parse_mesh(text: str, default: MeshConfig = MeshConfig()) -> MeshConfig:
+    """`default` with the extents that a text such as 'replica=2,tensor=4' names.
+
+    Raises:
+      ValueError: says what cannot be read, and how to write it.
+    """
+    extents = {}
+    for part in filter(None, text.split(',')):
+        name, _, number = (piece.strip() for piece in part.partition('='))
+        if name not in AXES or name in extents or not number.removeprefix('-').isdecimal():
+            raise ValueError(f'mesh {text!r}: {part!r}; write AXIS=EXTENT,... with each axis of '
+                             f'{", ".join(AXES)} at most once, such as replica=2,tensor=4')
+        extents[name] = int(number)
+    return dataclasses.replace(default, **extents)
 
 
 def path_name(path: Any) -> str:
@@ -123,15 +141,22 @@ class Partitioner:
         return jax.lax.with_sharding_constraint(
             x, spec if manual else NamedSharding(self.mesh, spec))
 
-    def divide(self, function: Callable, axes: tuple[str | None, ...]) -> Callable:
-        """`function` of arrays that all have these axes, run on each device's part of them."""
+    def divide(self, function: Callable, axes: tuple[str | None, ...], whole: Any = None
+               ) -> Callable:
+        """`function` of arrays that all have these axes, run on each device's part of them.
+
+        Args:
+          whole: handed to `function` before them, on each device the same; None: nothing is.
+        """
         def run(*arrays):
             # Inside a shard_map that divides some of the axes already, the others are left.
             manual = _manual_axes()
             part = self._of_activation(axes, None, manual)
-            return jax.shard_map(function, mesh=None if manual else self.mesh, out_specs=part,
-                                 in_specs=(part,) * len(arrays), check_vma=False,
-                                 axis_names=set(AXES) - manual)(*arrays)
+            first = () if whole is None else (whole,)
+            return jax.shard_map(
+                function, mesh=None if manual else self.mesh, out_specs=part,
+                in_specs=(PartitionSpec(),) * len(first) + (part,) * len(arrays), check_vma=False,
+                axis_names=set(AXES) - manual)(*first, *arrays)
         return run
 
     def spec(self, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str = ''

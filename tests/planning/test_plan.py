@@ -228,7 +228,7 @@ def test_duration():
     ('v5e:4x4', 'fsdp=16', {'data.batch_size': 24}, '16 or 32 can'),
     ('v5e:4x4', 'fsdp=16', {'loop.microbatches': 4}, '64 can'),
     ('v5e:4x4', 'fsdp=-1,data=2', {}, 'replica, fsdp, tensor'),
-    ('v5e:4x4', 'fsdp=many', {}, 'replica=64,fsdp=16'),
+    ('v5e:4x4', 'fsdp=many', {}, "'fsdp=many'; write AXIS=EXTENT"),
     ('v5e:4x4', 'fsdp=0,replica=16', {}, 'each is at least 1'),
 ])
 def test_clear_errors_before_anything_is_compiled(monkeypatch, topology, mesh, changes, message):
