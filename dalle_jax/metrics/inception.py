@@ -233,7 +233,7 @@ def _torch_shape(shape):
 
 
 def _convolutions(graph: bool, make: Callable[[str, tuple[int, ...]], Any]) -> dict[str, Any]:
-    """Params of all convolutions, each made of what `patterns` are filled with, and of its shape.
+    """Params of all convolutions, each made of its published name and its kernel's shape.
 
     Args:
       graph: whether names are those of the frozen graph.
@@ -247,16 +247,16 @@ def _convolutions(graph: bool, make: Callable[[str, tuple[int, ...]], Any]) -> d
             params['stem'][part].append(make(
                 _numbered('conv', i) if graph else name, conv.kernel(channels)))
             channels = conv.outputs
-    for i, (block, branches) in enumerate(BLOCKS.items()):
-        params[block], towers, outputs = {}, 0, 0
+    for i, (name, branches) in enumerate(BLOCKS.items()):
+        params[name], towers, outputs = {}, 0, 0
         for branch, steps in branches.items():
-            place = f'{block}.{branch}'
+            place = f'{name}.{branch}'
             if graph:
                 place = _numbered('mixed', i)
                 # A branch of nothing but a convolution has no tower of its own.
                 if steps[1:]:
                     place, towers = f'{place}/{_numbered("tower", towers)}', towers + 1
-            params[block][branch], width = _branch_params(graph, make, place, steps, channels)
+            params[name][branch], width = _branch_params(graph, make, place, steps, channels)
             outputs += width
         channels = outputs
     return params
@@ -343,7 +343,7 @@ class Features:
     params: Any
     names: tuple[str, ...] = ('2048', 'logits_unbiased')
     resize: str = 'tensorflow'
-    batch: int = 64
+    batch: int = 32
     constrain: Any = unconstrained
 
     def __post_init__(self):

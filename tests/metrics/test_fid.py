@@ -70,6 +70,13 @@ def test_fid_of_singular_covariances():
     np.testing.assert_allclose(found, a @ a + b @ b - 2 * abs(a @ b), rtol=1e-6)
 
 
+def test_fid_of_constant_features():
+    a, b = (fid.Gaussian(np.full(3, mean), variance * np.eye(3)) for mean, variance in
+            ((1.0, 0.0), (3.0, 4.0)))
+    np.testing.assert_allclose(fid.frechet_distance(a, b), 3 * (4 + 4))
+    np.testing.assert_allclose(fid.frechet_distance(b, a), 3 * (4 + 4))
+
+
 def test_fid_with_itself_is_zero():
     found = gaussian(originals.features(0))
     assert 0 <= fid.frechet_distance(found, found) < 1e-9 * np.trace(found.covariance)
@@ -183,13 +190,13 @@ def test_is_of_certain_and_of_uncertain_images():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 30), st.integers(0, 2**32 - 1))
 def test_is_by_its_formula(images, classes, splits, seed):
-    """exp of H(y) - mean H(y | x): another form than the implementation's."""
+    """exp of the mean divergence of an image's classes from those of all."""
     splits = min(splits, images)
     logits = np.random.default_rng(seed).normal(500, 3, (images, classes))
     chances = scipy.special.softmax(logits, axis=1)
     parts = [chances[i * images // splits:(i + 1) * images // splits] for i in range(splits)]
-    expected = [np.exp(scipy.stats.entropy(part.mean(axis=0))
-                       - scipy.stats.entropy(part, axis=1).mean()) for part in parts]
+    expected = [np.exp(np.mean([scipy.stats.entropy(row, part.mean(axis=0)) for row in part]))
+                for part in parts]
     np.testing.assert_allclose(fid.inception_score(logits, splits),
                                (np.mean(expected), np.std(expected)), rtol=1e-9, atol=1e-9)
 
@@ -197,7 +204,8 @@ def test_is_by_its_formula(images, classes, splits, seed):
 @pytest.mark.parametrize('logits,splits,message', [
     (np.zeros((9, 3)), 10, '10 parts.*there are 9'),
     (np.zeros((9, 3)), 0, '0 parts'),
-    (np.full((9, 3), np.nan), 3, 'without nan'),
+    (np.full((9, 3), np.nan), 3, 'none of them nan'),
+    (np.full((9, 3), -np.inf), 3, 'some above -inf'),
     (np.zeros(9), 3, r'\[9\] must be \[N, C\]')])
 def test_is_refuses(logits, splits, message):
     with pytest.raises(ValueError, match=message):

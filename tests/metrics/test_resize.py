@@ -47,7 +47,7 @@ def weights(how, extent, size):
     return found
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.sampled_from(RESIZES), st.integers(1, 40), st.integers(1, 40), st.integers(1, 24))
 def test_definition(how, height, width, size):
     images = originals.images(height, width, 1)
