@@ -32,7 +32,7 @@ NAMES = ('64', '192', '768', '2048', 'logits', 'logits_unbiased')
 
 
 class Conv(NamedTuple):
-    """A convolution without bias, batch norm and relu."""
+    """A convolution, its batch norm and a relu."""
 
     outputs: int
     height: int
