@@ -178,4 +178,5 @@ def embed_image(module, config, params, images):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def likelihood(module, config, constrain, dtype, params, ids, text):
-    return module.likelihood(params, config, text, ids, dtype, constrain)[1]
+    """ln p(text) and ln p(image | text), float32 [B, 2]."""
+    return jnp.stack(module.likelihood(params, config, text, ids, dtype, constrain), axis=1)

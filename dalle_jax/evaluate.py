@@ -1,140 +1,238 @@
-"""Judges trained runs: python -m dalle_jax.evaluate --config experiments/evaluate.py:scenes ...
+"""Judges images: python -m dalle_jax.evaluate --config experiments/eval_coco.py --workdir DIR ...
 
-Samples held-out captions, lets the CLIP choose, lets the oracle judge, compares reconstructions
-with a plain lookup, and writes metrics.json and report.html into --workdir. Finished parts are
-kept there, so the same command continues where it was stopped.
+Draws candidates for captions that were held out, or takes a folder or .npz of images, and measures
+FID, IS and KID after several blurs and for the best of N candidates, CLIP's score, held-out losses
+and, on scenes, what the oracle says. --workdir holds result.json, report.html and everything that
+took long, so the same command continues where it was stopped; and
+
+    python -m dalle_jax.evaluate --reproduce runs/eval/result.json --workdir runs/again
+
+does all of it again and compares every number, to the last digit.
 """
 
 import dataclasses
 import json
+import platform
 import time
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags
 
 from dalle_jax import config as config_lib
 from dalle_jax import report, runs
+from dalle_jax.evaluation import candidates, data as data_lib, page, scenes
+from dalle_jax.evaluation.config import EvaluateConfig
+from dalle_jax.generate import Model
+from dalle_jax.metrics import quality
 from dalle_jax.runs import say
 
-
-PICTURES = 24  # reconstructions kept for the report
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """What is judged.
-
-    Attributes:
-      run, clip: directories of a DALL-E run trained on scenes and of the CLIP that chooses.
-      captions: how many of the splits 'combos' and 'pairs' each.
-      candidates, temperature, top_k, top_p, seed, batch: see generate.Sampling.
-      images: scenes of the split 'combos' that are encoded and decoded.
-      lookup_images: training scenes the plain k-means lookup is made from.
-    """
-
-    run: str
-    clip: str
-    captions: int = 256
-    candidates: int = 8
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    batch: int = 256
-    images: int = 400
-    lookup_images: int = 2048
+SHOWN = 24  # images of the report
+SOFTWARE = ('dalle_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'sentencepiece')
 
 
-def run(config, workdir: str, mesh: str = '') -> dict[str, Any]:
-    """Evaluates; returns what metrics.json holds.
+def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
+    """Evaluates; returns what result.json holds, see there.
 
     Args:
+      config: a ConfigDict of an experiment file, or a mapping of EvaluateConfig's values.
       mesh: see dalle_jax.load.
 
     Raises:
-      ConfigError, RunError, CheckpointError: before anything is drawn.
+      ValueError, RunError, CheckpointError: before anything is drawn.
     """
-    from dalle_jax.data.scenes import SceneConfig, Scenes
-    from dalle_jax.generate import Model, Sampling
-    from dalle_jax.metrics import scenes as score
-
     values = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
     options = config_lib.build(EvaluateConfig, values, '')
-    out = Path(workdir)
-    sampling = Sampling(options.candidates, options.temperature, options.top_k, options.top_p,
-                        options.seed, options.batch)
-    model = Model(options.run, options.clip, mesh)
-    data = model.run.experiment.data
-    if data.source != 'scenes' or model.run.experiment.model != 'dalle':
-        raise runs.RunError(f'{options.run} is a {model.run.experiment.model} run on '
-                            f'{data.source!r} data; this evaluation needs a DALL-E run on scenes, '
-                            'whose pictures the oracle can read')
+    out, started = Path(workdir), time.monotonic()
+    model = Model(options.run, options.clip or None, mesh) if options.run else None
+    if model and model.run.experiment.model != 'dalle':
+        raise runs.RunError(f'{options.run} is a {model.run.experiment.model} run; give a DALL-E '
+                            'run, which can draw')
+    judge = Model(options.judge, mesh=mesh) if options.judge else None
+    network = data_lib.open_network(options.features, options.resize, options.feature_batch,
+                                           mesh)
+    given = data_lib.Given(options.images) if options.images else None
+    size = given.side if given else model.image_run.config.image_size
+    data = {split: data_lib.Real(options, split, size, model) for split in options.splits}
+    if model:  # in the same batches when it is continued, whatever memory is free then
+        options = dataclasses.replace(options, batch=_batch(out, options) or model.fit(
+            options.sampling, options.captions or 10**6).batch)
+    made_with = _made_with(model, judge, network, mesh)
     out.mkdir(parents=True, exist_ok=True)
-    _check_workdir(out, options, model)
-    scene_config = SceneConfig(**data.scenes)
+    with runs.take(out, '--workdir'):
+        _check_workdir(out, options, made_with)
+        results, chosen = {}, {}
+        for split, real in data.items():
+            pairs = real.choose(out / f'captions_{split}.json')
+            chosen[split] = {'captions': len(pairs.ids), 'hash': pairs.hash,
+                             'file': f'captions_{split}.json', 'left_out': pairs.left_out_count}
+            results[split] = _split(options, out, split, real, pairs, model, judge, network, given)
+        if options.source == 'scenes' and options.reconstructions:
+            results['tokenizer'] = scenes.tokenizer(model, options.reconstructions,
+                                                    options.lookup_images, options.seed, out)
+        result = {'results': results, 'settings': dataclasses.asdict(options), 'mesh': mesh,
+                  'captions': chosen, **made_with}
+        _write_seconds(out, time.monotonic() - started)
+        runs.write_atomic(out / 'result.json', json.dumps(result, indent=2))
+        write_report(out, out / 'report.html')
+    say(f'wrote {out}/result.json and {out}/report.html')
+    return result
 
-    # -- reconstructions, beside a lookup with as many codes ----------------------------------
-    started = time.monotonic()
-    dvae = model.image_run.config
-    scenes = Scenes(scene_config, 'combos', options.images, seed=1001 + options.seed)
-    originals = scenes.images(np.arange(options.images))
-    captions = [scenes.caption(i) for i in range(options.images)]
-    ids = np.concatenate([model.encode(part) for part in _chunks(originals, 100)])
-    rebuilt = np.concatenate([model.decode(part) for part in _chunks(ids, 100)])
-    training = Scenes(scene_config, 'any', options.lookup_images).images(
-        np.arange(options.lookup_images))
-    looked_up = score.lookup(training, originals, dvae.factor, dvae.vocab)
-    counts, used, perplexity = score.usage(ids, dvae.vocab)
-    judged = {name: score.judge_candidates(scene_config, images[:, None], captions)['all']
-              for name, images in (('rebuilt', rebuilt), ('lookup', looked_up))}
-    runs.write_arrays(out / 'reconstructions.npz', dict(
-        counts=counts, captions=np.array(captions[:PICTURES]), originals=originals[:PICTURES],
-        rebuilt=rebuilt[:PICTURES], lookup=looked_up[:PICTURES],
-        rebuilt_right=judged['rebuilt'][:PICTURES, 0],
-        lookup_right=judged['lookup'][:PICTURES, 0]))
-    metrics = {
-        'reconstruction_accuracy': float(judged['rebuilt'].mean()),
-        'reconstruction_psnr': score.psnr(rebuilt, originals),
-        'lookup_accuracy': float(judged['lookup'].mean()),
-        'lookup_psnr': score.psnr(looked_up, originals),
-        'codebook_size': dvae.vocab, 'codebook_used': used / dvae.vocab,
-        'codebook_perplexity': perplexity,
-        'distinct_patches': score.distinct_patches(training, dvae.factor),
-    }
-    say(f'reconstructions: {metrics["reconstruction_accuracy"]:.1%} right at '
-        f'{metrics["reconstruction_psnr"]:.1f} dB (lookup {metrics["lookup_accuracy"]:.1%} at '
-        f'{metrics["lookup_psnr"]:.1f} dB), {used} of {dvae.vocab} codes used, '
-        f'{time.monotonic() - started:.0f} s')
 
-    # -- samples of captions never trained on -------------------------------------------------
-    for split, prefix in (('combos', 'caption'), ('pairs', 'pair')):
-        source = Scenes(scene_config, split, options.captions, seed=1002 + options.seed)
-        wanted = [source.captions(i)[i % scene_config.templates] for i in range(options.captions)]
-        drawn = _samples(model, wanted, sampling, out / f'samples_{split}.npz', split)
-        verdicts = score.judge_candidates(scene_config, drawn['images'], wanted)
-        runs.write_arrays(out / f'samples_{split}.npz', drawn | {
-            'captions': np.array(wanted), 'right': verdicts['all']})
-        result = score.accuracies(verdicts, drawn['scores'])
-        by_likelihood = score.accuracies(verdicts, drawn['logp'])['accuracy_n']
-        metrics |= {
-            f'{prefix}_accuracy_1': result['accuracy_1'],
-            f'{prefix}_accuracy_{options.candidates}': result['accuracy_n'],
-            f'{prefix}_accuracy_{options.candidates}_by_likelihood': by_likelihood,
-            f'{prefix}_accuracy_any_of_{options.candidates}': result['any_n'],
-            **{f'{prefix}_{name}': result[name] for name in score.ATTRIBUTES}}
-        say(f'{split}: one sample {result["accuracy_1"]:.1%} right, best of {options.candidates} '
-            f'by CLIP {result["accuracy_n"]:.1%}, by likelihood {by_likelihood:.1%}')
+def _split(options, out, split, real, pairs, model, judge, network, given):
+    """The numbers of one split."""
+    values = {}
+    drawn = None
+    if model:
+        drawn = candidates.draw(model, pairs.captions, options.sampling, out / f'drawn_{split}',
+                                split)
+        best = {n: drawn.best_of(n) for n in {n for n, _ in options.conditions}}
 
-    # -- held-out losses, as the run measured them at its end ---------------------------------
-    done = json.loads((Path(options.run) / 'done.json').read_text())
-    metrics |= {'text_loss': done['text'], 'image_loss': done['image']}
-    runs.write_atomic(out / 'metrics.json', json.dumps(metrics, indent=2))
-    write_report(out, out / 'report.html')
-    say(f'wrote {out}/metrics.json and {out}/report.html')
-    return metrics
+    def images(n):
+        if given:
+            return given.parts()
+        return data_lib.decoded(model, drawn.tokens(best[n]))
+
+    _write_shown(out / f'shown_{split}.npz', real, images(options.candidates), pairs.captions,
+                 given)
+    if network:
+        values |= _quality(options, out, split, real, network, images)
+    if drawn is not None:
+        last = best[options.candidates]
+        values['log_likelihood'] = float(drawn.logp[np.arange(len(last)), last].mean())
+        if drawn.scores is not None and not judge:
+            values['clip_score'] = 100 * float(drawn.scores[np.arange(len(last)), last].mean())
+    if judge:
+        captions = given.captions if given else pairs.captions
+        values['clip_score'] = _clip_score(judge, captions, images(options.candidates), split)
+    if model and options.losses:
+        values |= _losses(model, pairs, real, split)
+    if options.source == 'scenes':
+        values |= scenes.samples(model, pairs.captions, drawn, out, split)
+    return values
+
+
+def _quality(options, out, split, real, network, images):
+    """FID, IS and KID of every condition; what has been measured is kept in files."""
+    name = 'fid' if network.name == 'inception' else f'fid_{network.name}'
+
+    def measured(side, parts, radius, keep):
+        path = out / 'measured' / f'{split}_{side}_blur{radius:g}.npz'
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            began = time.monotonic()
+            found = quality.measure(network.of, parts(), radius, options.score_splits, keep)
+            quality.write(runs.write_arrays, path, found)
+            say(f'{split}: {found.count:,} images of {side} at blur {radius:g} measured in '
+                f'{time.monotonic() - began:.0f} s')
+        return quality.read(path)
+
+    values = {}
+    of_real = {}
+    for n, radius in options.conditions:
+        last = n == max(m for m, _ in options.conditions)
+        keep = last and not radius  # for KID
+        if radius not in of_real:
+            of_real[radius] = (
+                measured('real', real.parts, radius, not radius) if options.reference == 'pairs'
+                else quality.read(Path(options.reference)) if not radius else None)
+        if of_real[radius] is None:
+            continue
+        found = measured(f'best_of_{n}', lambda n=n: images(n), radius, keep)
+        entry = quality.compare(found, of_real[radius], options.kid_subsets, options.kid_size)
+        entry[name] = entry.pop('fid')
+        values[f'best_of_{n}_blur_{radius:g}'] = entry
+        say(f'{split}: best of {n}, blur {radius:g}: {name} {entry[name]:.4g}, IS '
+            f"{entry.get('inception_score', float('nan')):.4g}")
+    for radius, found in of_real.items():
+        if found and found.inception_score:
+            values[f'real_blur_{radius:g}'] = dict(zip(
+                ('inception_score', 'inception_score_std'), found.inception_score))
+    return {'quality': values, 'network': network.name}
+
+
+def _write_shown(path, real, judged, captions, given):
+    """The first images of both sides, for the report."""
+    arrays = {'real': next(real.parts())[:SHOWN], 'judged': next(judged)[:SHOWN]}
+    if given:  # they need not belong to each other, nor be as many
+        fewer = min(map(len, arrays.values()))
+        arrays = {name: images[:fewer] for name, images in arrays.items()}
+    else:
+        arrays['captions'] = np.array(captions[:len(arrays['real'])])
+    runs.write_arrays(path, arrays)
+
+
+def _clip_score(judge, captions, parts, split):
+    """100 times the mean similarity (Nichol et al. 2021, sec. 5.2)."""
+    if captions is None:
+        raise runs.RunError(f'{split}: the images that are given have no captions, so there is no '
+                            'CLIP score; leave judge away')
+    scores, begin = [], 0
+    for part in parts:
+        scores.append(judge.score(captions[begin:begin + len(part)], part))
+        begin += len(part)
+    return 100 * float(np.concatenate(scores).mean())
+
+
+def _losses(model, pairs, real, split):
+    """Nats per token of held-out captions, and of their images given them."""
+    nats, counts, begin = np.zeros(2), np.zeros(2), 0
+    for part in real.parts():
+        found = model.losses(pairs.captions[begin:begin + len(part)], part)
+        nats, counts, begin = nats + found[0].sum(0), counts + found[1].sum(0), begin + len(part)
+    text, image = nats / np.maximum(counts, 1)
+    say(f'{split}: {text:.4g} nats per text token, {image:.4g} per image token')
+    return {'text_nats_per_token': text, 'image_nats_per_token': image}
+
+
+# -- what a result was made with -------------------------------------------------------------------
+
+
+def _made_with(model, judge, network, mesh):
+    device = jax.devices()[0]
+    weights = dict(model.fingerprints) if model else {}
+    if judge:
+        weights['judge'] = judge.fingerprints['clip']
+    if network:
+        weights[network.name] = network.fingerprint
+    return {'weights': weights,
+            'software': {name: metadata.version(name) for name in SOFTWARE}
+            | {'python': platform.python_version()},
+            'device': f'{jax.device_count()} x {device.device_kind or device.platform}, '
+                      f'{platform.machine()}'}
+
+
+def _batch(out, options):
+    """The batch that a directory was begun with, or that is asked for; 0: neither."""
+    begun = out / 'evaluate.json'
+    return options.batch or (json.loads(begun.read_text())['settings']['batch']
+                             if begun.exists() else 0)
+
+
+def _check_workdir(out: Path, options: EvaluateConfig, made_with: Mapping[str, Any]) -> None:
+    stored = out / 'evaluate.json'
+    wanted = json.loads(json.dumps({'settings': dataclasses.asdict(options),
+                                    'weights': made_with['weights']}))
+    if stored.exists():
+        old = json.loads(stored.read_text())
+        changed = [f'{key} was {old[part].get(key)!r} and is now {new.get(key)!r}'
+                   for part, new in wanted.items() for key in old[part] | new
+                   if old[part].get(key) != new.get(key)]
+        if changed:
+            raise runs.RunError(f'{out} holds an evaluation with other settings or weights: '
+                                f'{"; ".join(changed[:6])}. Give another --workdir, or remove it')
+    runs.write_atomic(stored, json.dumps(wanted, indent=2))
+
+
+def _write_seconds(out, seconds):
+    """Adds a session's seconds; apart from the result, which is the same each time."""
+    path = out / 'seconds.json'
+    before = json.loads(path.read_text())['seconds'] if path.exists() else 0.0
+    runs.write_atomic(path, json.dumps({'seconds': before + seconds}))
 
 
 def write_report(workdir: str | Path, path: str | Path, seconds: Mapping[str, float] | None = None
@@ -144,63 +242,56 @@ def write_report(workdir: str | Path, path: str | Path, seconds: Mapping[str, fl
     Args:
       seconds: stage -> seconds, where the stages were run together.
     """
-    from dalle_jax.data.scenes import SceneConfig
-    from dalle_jax.metrics import scenes_page
-
-    options = json.loads((Path(workdir) / 'evaluate.json').read_text())
-    dalle = Path(options['run'])
-    experiment = runs.read_config(dalle)
-    paths = {'dvae': runs.named_by(experiment.frozen['image'], dalle), 'dalle': dalle,
-             'clip': Path(options['clip'])}
-    report.write(path, scenes_page.page(Path(workdir), paths, SceneConfig(**experiment.data.scenes),
-                                        seconds or {}))
+    report.write(path, page.page(Path(workdir), seconds or {}))
 
 
-def _samples(model, captions, sampling, path, split) -> dict[str, np.ndarray]:
-    """images, logp, scores of all captions; kept in `path` once drawn."""
-    if path.exists():
-        with np.load(path) as stored:
-            return {name: stored[name] for name in ('images', 'logp', 'scores')}
-    rows, started, told = [], time.monotonic(), time.monotonic()
-    for drawn in model.draw(captions, sampling):
-        rows.append(drawn)
-        now = time.monotonic()
-        if now - told > 5 or len(rows) == len(captions):
-            rate = len(rows) * sampling.candidates / (now - started)
-            left = (len(captions) - len(rows)) * sampling.candidates / rate
-            say(f'{split}: {len(rows)}/{len(captions)} captions, {rate:.0f} images/s, '
-                f'left {left:.0f} s')
-            told = now
-    arrays = {name: np.stack([getattr(row, name) for row in rows])
-              for name in ('images', 'logp', 'scores')}
-    runs.write_arrays(path, arrays)
-    return arrays
+# -- again -----------------------------------------------------------------------------------------
 
 
-def _check_workdir(out: Path, options: EvaluateConfig, model: Any) -> None:
-    stored = out / 'evaluate.json'
-    wanted = dataclasses.asdict(options) | {'weights': model.fingerprints,
-                                            'mesh': dict(model.mesh.shape)}
-    if stored.exists() and json.loads(stored.read_text()) != wanted:
-        raise runs.RunError(f'{out} holds an evaluation with other settings or weights; give '
-                            'another --workdir, or remove it')
-    runs.write_atomic(stored, json.dumps(wanted, indent=2))
+def reproduce(path: str | Path, workdir: str | Path) -> list[str]:
+    """Evaluates as a result.json says, in another directory; returns the numbers that differ.
 
-
-def _chunks(array, size):
-    return [array[i:i + size] for i in range(0, len(array), size)]
+    Raises:
+      ValueError: the file is no result. RunError: weights or software are not those of the result;
+        names them.
+    """
+    old = json.loads(Path(path).read_text())
+    if not {'settings', 'results', 'weights', 'software'} <= old.keys():
+        raise ValueError(f'{path} is no result of evaluate: it lacks settings, results, weights or '
+                         'software')
+    new = run(old['settings'], workdir, old['mesh'])
+    for key in ('weights', 'software', 'device', 'captions'):
+        if old[key] != new[key]:
+            say(f'NOT the same: {key} were {json.dumps(old[key])} and are {json.dumps(new[key])}')
+    before, after = (config_lib._flatten(json.loads(json.dumps(r['results']))) for r in (old, new))
+    return [f'{key}: {before.get(key)} -> {after.get(key)}' for key in before | after
+            if before.get(key) != after.get(key)]
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected argument {argv[1]!r}')
-    run(CONFIG.value, WORKDIR.value, MESH.value)
+    try:
+        if not FLAGS.reproduce:
+            if CONFIG.value is None:
+                raise ValueError('give --config, or --reproduce with a result.json')
+            run(CONFIG.value, FLAGS.workdir, FLAGS.mesh)
+            return 0
+        differing = reproduce(FLAGS.reproduce, FLAGS.workdir)
+    except ValueError as error:
+        print(f'evaluate: {error}')
+        return 2
+    for line in differing:
+        say(line)
+    say(f'{len(differing)} numbers differ' if differing else 'every number is the same')
+    return bool(differing)
 
 
 if __name__ == '__main__':
+    FLAGS = flags.FLAGS
     CONFIG = config_lib.define_flag()
-    WORKDIR = flags.DEFINE_string('workdir', None, 'Directory the results are written to.')
-    MESH = flags.DEFINE_string('mesh', '', "How the devices are used, such as 'tensor=2'; empty: "
-                               'each has a copy of the parameters. See dalle_jax.load.')
-    flags.mark_flags_as_required(['config', 'workdir'])
+    flags.DEFINE_string('workdir', None, 'Directory the results are written to.', required=True)
+    flags.DEFINE_string('mesh', '', "How the devices are used, such as 'tensor=2'; empty: each has "
+                        'a copy of the parameters. See dalle_jax.load.')
+    flags.DEFINE_string('reproduce', '', 'A result.json whose evaluation is done again.')
     app.run(main)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dalle_jax import drawing, machine, runs
 from dalle_jax.data.records import BadRecord
@@ -110,7 +111,7 @@ class Model:
                 f'{path}: this is one of {jax.process_count()} processes, and samples are drawn by '
                 'one process with its devices; start one without --distributed on each host, and '
                 'give them other captions, or another --first')
-        self.mesh, self.fingerprints = _mesh(mesh), {}
+        self.mesh, self.fingerprints = mesh_of(mesh), {}
         self._constrain = partition.Partitioner(self.mesh) if self.mesh.size > 1 else unconstrained
         self._ways = drawing.batch_ways(self.mesh)
         self.run = self._load(path)
@@ -188,9 +189,27 @@ class Model:
                              'each')
         if run is self.clip_run:
             return self._similarities(captions, images[:, None])[:, 0]
-        likelihood = functools.partial(drawing.likelihood, run.module, run.config, self._constrain,
-                                       self.dtype, run.params)
-        return drawing.in_batches(likelihood, self._ways, self.encode(images),
+        return self._likelihoods(captions, images)[:, 1]
+
+    def losses(self, captions: Sequence[str], images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of the tokens of each caption and, given it, of its image; and how many they are.
+
+        Captions have as many tokens as training counts, see arch.pads.
+
+        Returns:
+          float64 [B, 2], int [B, 2].
+        """
+        run = self._need(self._dalle, 'tell the losses of images', 'a DALL-E run')
+        text = self._ids(run, captions)[0]
+        counts = np.stack([np.asarray(run.module.text_targets(run.config, text)).sum(axis=1),
+                           np.full(len(text), math.prod(run.config.grid))], axis=1).astype(int)
+        return -self._likelihoods(captions, images).astype(np.float64), counts
+
+    def _likelihoods(self, captions, images):
+        run = self._dalle
+        function = functools.partial(drawing.likelihood, run.module, run.config, self._constrain,
+                                     self.dtype, run.params)
+        return drawing.in_batches(function, self._ways, self.encode(images),
                                   self._ids(run, captions)[0])
 
     def _bound(self, function, run):
@@ -348,7 +367,7 @@ def image_keys(seed: int, caption: str, indices: Sequence[int]) -> jax.Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(list(indices)))
 
 
-def _mesh(text):
+def mesh_of(text: str) -> Mesh:
     """The mesh of a text such as 'tensor=2': by default copies on all devices of this process, or
     on as many of the first ones as `replica` says."""
     config = partition.parse_mesh(text, partition.MeshConfig(replica=-1, fsdp=1))

@@ -80,6 +80,22 @@ class Progress:
                 f'wait {values["data_wait"]:.1%}  left {left}')
 
 
+class Images:
+    """Tells the number of images drawn, their rate and the time left, every few seconds."""
+
+    def __init__(self, total: int, name: str = ''):
+        self._total, self._images, self._name = total, 0, name and f'{name}: '
+        self._began = self._told = time.monotonic()
+
+    def __call__(self, images: int):
+        """So many more are drawn."""
+        self._images, now = self._images + images, time.monotonic()
+        if now - self._told > 2 or self._images == self._total:
+            rate, self._told = self._images / (now - self._began), now
+            say(f'{self._name}{self._images:,}/{self._total:,} images drawn, {rate:.1f} images/s, '
+                f'left {clock((self._total - self._images) / rate)}')
+
+
 class _Aside:
     """Time within this block does not count as training speed."""
 

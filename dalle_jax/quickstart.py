@@ -13,11 +13,13 @@ from absl import app, flags
 
 from dalle_jax import config as config_lib
 from dalle_jax import evaluate, runs, train
+from dalle_jax.evaluation import scenes_page
 from dalle_jax.runs import say
 
 # Reduced so that every stage is exercised in about a minute; the pictures are noise.
 SHORT = {'dvae': 'steps=60', 'dalle': 'steps=60', 'clip': 'steps=40'}
-SHORT_EVALUATION = {'captions': 8, 'candidates': 2, 'images': 40, 'lookup_images': 256}
+SHORT_EVALUATION = {'captions': 8, 'candidates': 2, 'rerank': (1,), 'reconstructions': 40,
+                    'lookup_images': 256}
 
 
 def run(workdir: str, short: bool = False, seed: int = 0) -> dict:
@@ -33,7 +35,7 @@ def run(workdir: str, short: bool = False, seed: int = 0) -> dict:
         say(f'== stage {number} of {len(names)}: {name}')
         begin = time.monotonic()
         if name == 'evaluate':
-            if (root / name / 'metrics.json').exists():
+            if (root / name / 'result.json').exists():
                 continue
             config = config_lib.load('experiments/evaluate.py:scenes', {
                 'run': str(root / 'dalle'), 'clip': str(root / 'clip'), 'seed': seed,
@@ -45,7 +47,7 @@ def run(workdir: str, short: bool = False, seed: int = 0) -> dict:
             # The run's own clock, which adds up its sessions.
             seconds[name] = _read(root / name / 'done.json')['seconds']
         runs.write_atomic(root / 'seconds.json', json.dumps(seconds))
-    metrics = {**_read(root / 'evaluate' / 'metrics.json'),
+    metrics = {**scenes_page.flat(_read(root / 'evaluate' / 'result.json')),
                'seconds': {name: round(s, 1) for name, s in seconds.items()},
                'seconds_total': round(sum(seconds.values()), 1), 'seed': seed, 'short': short}
     runs.write_atomic(root / 'metrics.json', json.dumps(metrics, indent=2))

@@ -10,7 +10,6 @@ import itertools
 import json
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from dalle_jax import runs
-from dalle_jax.progress import clock
+from dalle_jax.progress import Images
 from dalle_jax.runs import say
 
 GRID = 48, 16  # rows and columns of grid.png at most
@@ -68,7 +67,7 @@ def run(model, captions: Sequence[str], sampling, keep: int, out: str | Path,
     if start:
         say(f'{out} holds {start} of {len(captions)} captions')
     where = (prompt.image, prompt.rows, prompt.columns) if prompt else ()
-    drawing = model.draw(captions, sampling, *where, start=start, progress=_Progress(
+    drawing = model.draw(captions, sampling, *where, start=start, progress=Images(
         (len(captions) - start) * sampling.candidates))
 
     with runs.take(out, '--out'):
@@ -88,21 +87,6 @@ def run(model, captions: Sequence[str], sampling, keep: int, out: str | Path,
         in_grid, in_report = _write_overviews(out, [json.loads(line) for line in lines], keep)
     say(f'wrote {len(lines)} images and samples.jsonl to {out}; grid.png shows {in_grid} of them '
         f'and report.html {in_report}')
-
-
-class _Progress:
-    """Tells the number of images drawn, their rate and the time left, every few seconds."""
-
-    def __init__(self, total):
-        self._total, self._images = total, 0
-        self._began = self._told = time.monotonic()
-
-    def __call__(self, images):
-        self._images, now = self._images + images, time.monotonic()
-        if now - self._told > 2 or self._images == self._total:
-            rate, self._told = self._images / (now - self._began), now
-            say(f'{self._images}/{self._total} images drawn, {rate:.1f} images/s, left '
-                f'{clock((self._total - self._images) / rate)}')
 
 
 def _lines(drawn, best, number, sampling, note, prompt):

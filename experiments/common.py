@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.config import Experiment, LoopConfig
 from dalle_jax.data.sources import DataConfig
+from dalle_jax.evaluation.config import EvaluateConfig
 from dalle_jax.training.compression import CompressionConfig
 from dalle_jax.training.optimizer import OptimizerConfig
 from dalle_jax.training.partition import MeshConfig
@@ -60,6 +61,11 @@ def experiment(*, model, arch, data, optimizer, loop, **rest):
         'mesh': _filled(MeshConfig, rest.get('mesh', {})),
         'compression': _filled(CompressionConfig, rest.get('compression', {})),
     })
+
+
+def evaluation(**values):
+    """The ConfigDict of an evaluation in which every key exists: what differs from its defaults."""
+    return ConfigDict(_filled(EvaluateConfig, values))
 
 
 def _filled(cls, values):

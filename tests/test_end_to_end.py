@@ -12,6 +12,7 @@ import dalle_jax
 from dalle_jax import config as config_lib
 from dalle_jax import evaluate, generate, runs, sample, train
 from dalle_jax.data.scenes import SceneConfig, Scenes
+from dalle_jax.evaluation import scenes_page
 from dalle_jax.training.checkpoint import CheckpointError
 
 CAPTIONS = ['a small red circle on a white background',
@@ -142,7 +143,7 @@ def test_wrong_kinds_of_runs_are_refused_by_name(trained, tmp_path):
                   tmp_path / 'run')
     with pytest.raises(runs.RunError, match='name a finished dVAE run with --config.frozen.image'):
         train.run(config_lib.load('experiments/dalle.py:scenes,dvae='), tmp_path / 'run')
-    with pytest.raises(runs.RunError, match='needs a DALL-E run on scenes'):
+    with pytest.raises(runs.RunError, match='dvae run; give a DALL-E run, which can draw'):
         evaluate.run(config_lib.load(
             f"experiments/evaluate.py:scenes,run={trained / 'dvae'},clip={trained / 'clip'}"),
             tmp_path / 'eval')
@@ -152,20 +153,22 @@ def test_wrong_kinds_of_runs_are_refused_by_name(trained, tmp_path):
 def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
     config = config_lib.load(
         f"experiments/evaluate.py:scenes,run={trained / 'dalle'},clip={trained / 'clip'}",
-        {'captions': 6, 'candidates': 8, 'images': 12, 'lookup_images': 64, 'batch': 16})
-    metrics = evaluate.run(config, tmp_path / 'eval')
+        {'captions': 6, 'candidates': 8, 'reconstructions': 12, 'lookup_images': 64, 'batch': 16,
+         'features': ''})
+    result = evaluate.run(config, tmp_path / 'eval')
     wanted = ('caption_accuracy_1 caption_accuracy_8 pair_accuracy_1 pair_accuracy_8 '
               'reconstruction_accuracy reconstruction_psnr lookup_accuracy lookup_psnr '
-              'codebook_used codebook_perplexity text_loss image_loss caption_colour '
+              'codebook_used codebook_perplexity caption_text_nats_per_token '
+              'caption_image_nats_per_token caption_clip_score caption_colour '
               'caption_shape caption_size caption_relation caption_background caption_count')
-    assert set(wanted.split()) <= set(metrics)
-    assert json.loads((tmp_path / 'eval' / 'metrics.json').read_text()) == metrics
+    assert set(wanted.split()) <= set(scenes_page.flat(result))
+    assert json.loads((tmp_path / 'eval' / 'result.json').read_text()) == result
     page = (tmp_path / 'eval' / 'report.html').read_text()
     assert 'never trained on' in page and not re.search(r'(src|href)="?http', page)
     capsys.readouterr()
     again = evaluate.run(config, tmp_path / 'eval')
-    assert again == metrics and 'images/s' not in capsys.readouterr().out  # nothing drawn again
-    with pytest.raises(runs.RunError, match='evaluation with other settings or weights'):
+    assert again == result and 'images/s' not in capsys.readouterr().out  # nothing drawn again
+    with pytest.raises(runs.RunError, match='evaluation with other settings or weights: temperat'):
         config.unlock()
         config.temperature = 0.5
         evaluate.run(config, tmp_path / 'eval')

@@ -57,8 +57,8 @@ def _states(params, config, text, codes, dtype, constrain, scales=None):
     return of_text, of_image
 
 
-def _text_targets(config, text):
-    """Which text slots count in the loss, as 0 or 1, float32 [B, T - 1]."""
+def text_targets(config: Config, text: jax.Array) -> jax.Array:
+    """Which text slots of ids int32 [B, T - 1] count in the loss, as 0 or 1, float32 [B, T - 1]."""
     pad = text == 0
     allowed = {'all': text.shape[1], 'first': 1, 'none': 0}[config.pads]
     return (~pad | (jnp.cumsum(pad, axis=1) <= allowed)).astype(jnp.float32)
@@ -81,7 +81,7 @@ def loss(params: Any, model_state: Any, batch: Mapping[str, jax.Array], ctx: Con
     """
     config, text = ctx.config, batch['text']
     codes = lax.stop_gradient(_codes(batch, ctx)).reshape(len(text), -1)
-    counted, everywhere = _text_targets(config, text), jnp.ones(codes.shape)
+    counted, everywhere = text_targets(config, text), jnp.ones(codes.shape)
     if ctx.train and config.caption_dropout:
         kept = jax.random.bernoulli(ctx.key, 1 - config.caption_dropout, (len(text), 1))
         text, counted = jnp.where(kept, text, 0), counted * kept
@@ -143,7 +143,7 @@ def text_likelihood(params: Any, config: Config, text: jax.Array, dtype: Any = j
 
 def _text_likelihood(params, config, text, x, dtype):
     nats = losses.vocabulary_cross_entropy(x, params['heads']['text'], text, dtype)
-    return -(nats * _text_targets(config, text)).sum(axis=1)
+    return -(nats * text_targets(config, text)).sum(axis=1)
 
 
 def attention_maps(params: Any, config: Config, text: jax.Array, ids: jax.Array

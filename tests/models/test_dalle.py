@@ -206,7 +206,7 @@ def test_loss_is_the_oracle(config):
     ('none', [[1, 1, 0, 0], [1, 1, 1, 1]])])
 def test_pads_that_are_targets(pads, counted):
     config = dataclasses.replace(CONFIG, pads=pads)
-    np.testing.assert_array_equal(dalle._text_targets(config, TEXT), counted)
+    np.testing.assert_array_equal(dalle.text_targets(config, TEXT), counted)
 
 
 def test_uncounted_pads():

@@ -1,12 +1,12 @@
 """The report of a scenes evaluation, drawn from the files that runs and evaluation have written."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dalle_jax import report
+from dalle_jax import report, runs
 from dalle_jax.data import scenes_oracle
 from dalle_jax.data.scenes import SceneConfig
 from dalle_jax.metrics.scenes import ATTRIBUTES
@@ -25,17 +25,21 @@ GOALS = {
 }
 
 
-def page(workdir: Path, runs: Mapping[str, Path], config: SceneConfig, seconds: Mapping[str, float]
-         ) -> str:
+def page(workdir: Path, result: Mapping, seconds: Mapping[str, float], more: Sequence[str]) -> str:
     """The page of one evaluation.
 
     Args:
       workdir: the evaluation's directory.
-      runs: 'dvae', 'dalle', 'clip' -> their directories.
-      config: the scenes.
+      result: its result.json.
       seconds: stage -> seconds, or {} where the stages were not run together.
+      more: sections behind those of samples.
     """
-    metrics = json.loads((workdir / 'metrics.json').read_text())
+    dalle = Path(result['settings']['run'])
+    experiment = runs.read_config(dalle)
+    paths = {'dvae': runs.named_by(experiment.frozen['image'], dalle), 'dalle': dalle}
+    if result['settings']['clip']:
+        paths['clip'] = Path(result['settings']['clip'])
+    config, metrics = SceneConfig(**experiment.data.scenes), flat(result)
     blocks = [report.facts(_tiles(metrics, seconds))]
     if seconds:
         blocks.append(report.section('Where the time went', '', report.stages(seconds)))
@@ -49,17 +53,32 @@ def page(workdir: Path, runs: Mapping[str, Path], config: SceneConfig, seconds: 
             ('pairs', 'Shape-colour pairs never trained on',
              'The transformer has seen neither these pairs nor their captions; the image '
              'tokenizer has seen such pictures, without captions.')):
-        blocks.append(report.section(title, text, *_samples(workdir, split, config)))
+        if split in result['results']:
+            blocks.append(report.section(title, text, *_samples(workdir, split, config)))
     blocks += [
+        *more,
         report.section('By attribute', 'Share of single samples in which it is right.',
                        _attributes(metrics)),
         report.section('The image tokenizer', _tokenizer_text(metrics), *_tokenizer(workdir)),
-        *_training(runs),
+        *_training(paths),
         report.section('All numbers', '', report.table(
             [(name, value) for name, value in metrics.items()], ('metric', 'value')))]
     subtitle = ('A discrete VAE, a transformer and a CLIP, trained from nothing on captioned '
                 'scenes and judged on captions none of them has seen.')
     return report.page('DALL-E on scenes', subtitle, blocks)
+
+
+def flat(result: Mapping) -> dict[str, float]:
+    """The numbers of a result in one dict, without those of the images' quality."""
+    metrics = {}
+    for split, prefix in (('combos', 'caption'), ('pairs', 'pair')):
+        found = result['results'].get(split, {})
+        metrics |= {f'{prefix}_{name}': value for name, value in found.items()
+                    if isinstance(value, float)}
+        for name, value in found.get('quality', {}).items():
+            metrics |= {f'{prefix}_{name}_{key}': v for key, v in value.items()
+                        if key.startswith('fid')}
+    return metrics | result['results'].get('tokenizer', {})
 
 
 def _tiles(metrics, seconds):
@@ -126,10 +145,10 @@ def _tokenizer(workdir):
             report.histogram(arrays['counts'])]
 
 
-def _training(runs):
+def _training(paths):
     """Curves of every run, and the attention of the transformer."""
     blocks = []
-    for name, path in runs.items():
+    for name, path in paths.items():
         records = report.read_metrics(path / 'metrics.jsonl')
         charts = []
         for metric in {'dvae': ('reconstruction', 'psnr', 'codes_used', 'temperature'),
@@ -139,11 +158,11 @@ def _training(runs):
                       for kind in ('train', 'valid')}
             charts.append(report.curves({k: v for k, v in series.items() if v}, metric))
         blocks.append(report.section(f'Training of the {name}', '', *charts))
-    if (runs['dalle'] / 'snapshot.npz').exists():
-        with np.load(runs['dalle'] / 'snapshot.npz') as stored:
+    if (paths['dalle'] / 'snapshot.npz').exists():
+        with np.load(paths['dalle'] / 'snapshot.npz') as stored:
             maps = {key.removeprefix('matrix/'): stored[key] for key in stored.files
                     if key.startswith('matrix/')}
-        about = json.loads((runs['dalle'] / 'snapshot.json').read_text())
+        about = json.loads((paths['dalle'] / 'snapshot.json').read_text())
         blocks.append(report.section(
             'Attention', 'Weights of the first layer of each pattern for one caption and its '
             'image, averaged over heads: every image token sees the whole text, and the image '

@@ -1,0 +1,249 @@
+"""What an evaluation reads: captions with real images, images that are given, a feature network."""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dalle_jax import runs
+from dalle_jax.data import images as images_lib
+from dalle_jax.data.records import BadRecord
+from dalle_jax.data.sources import DataConfig, FolderSource, open_source
+from dalle_jax.metrics import pairs as pairs_lib
+from dalle_jax.metrics.pairs import Pairs
+
+PARTS = 100  # images at a time
+
+
+class Real:
+    """A split of the source: which captions are taken, and their images.
+
+    Attributes:
+      scenes: the data.scenes.Scenes behind it, or None.
+    """
+
+    def __init__(self, options: Any, split: str, size: int, model: Any):
+        """Opens the source; `size` is the side of the images it gives.
+
+        Raises:
+          RunError, FileNotFoundError, ValueError: as sources do; a run that was not trained on
+            scenes; a file of names that is not there.
+        """
+        self._options, self._split, self._size = options, split, size
+        self._exclude, self.scenes, self._pairs = set(), None, None
+        if options.exclude:
+            self._exclude = set(Path(options.exclude).read_text().split('\n')) - {''}
+        if options.source == 'scenes':
+            self.scenes = self._source = _scenes(model, split, options.captions, options.seed)
+        else:
+            config = DataConfig(options.source, 1, options.path, valid_split=split,
+                                valid_crop=options.crop)
+            self._source = open_source(config, 'valid')
+
+    def choose(self, path: Path) -> Pairs:
+        """The captions, chosen now or read from `path`, where they are written down."""
+        if path.exists():
+            stored = json.loads(path.read_text())
+            self._pairs = Pairs(**{name: tuple(value) if isinstance(value, list) else value
+                                   for name, value in stored['pairs'].items()})
+            return self._pairs
+        options = self._options
+        if self.scenes:
+            self._pairs = _pairs_of_scenes(self.scenes)
+        else:
+            runs.say(f'{self._split}: choosing captions of {len(self._source):,} records')
+            self._pairs = pairs_lib.choose(self._source, options.captions, options.seed,
+                                           options.crop, self._size, self._exclude, runs.say)
+            if self._pairs.left_out_count:
+                runs.say(f'{self._split}: {self._pairs.left_out_count} records left out: '
+                         + '; '.join(self._pairs.left_out[:4]))
+        runs.write_atomic(path, json.dumps({'hash': self._pairs.hash,
+                                            'pairs': self._pairs._asdict()}, indent=1))
+        return self._pairs
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The images of the captions, uint8 [n, S, S, 3], PARTS at a time."""
+        records = self._pairs.records
+        for begin in range(0, len(records), PARTS):
+            part = records[begin:begin + PARTS]
+            if self.scenes:
+                yield self.scenes.images(np.asarray(part))
+            else:
+                yield pairs_lib.real_images(self._source, part, self._options.crop, self._size)
+
+
+def decoded(model: Any, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Images uint8 [n, S, S, 3] of tokens int32 [C, h, w], PARTS at a time."""
+    for begin in range(0, len(ids), PARTS):
+        yield model.decode(ids[begin:begin + PARTS])
+
+
+def _scenes(model, split, length, seed):
+    from dalle_jax.data.scenes import SceneConfig, Scenes
+
+    data = model.run.experiment.data
+    if data.source != 'scenes':
+        raise runs.RunError(f'{model.run.path} is a run on {data.source!r} data; this evaluation '
+                            'needs a DALL-E run on scenes, whose pictures the oracle can read')
+    return Scenes(SceneConfig(**data.scenes), split, length, seed=1002 + seed)
+
+
+def _pairs_of_scenes(scenes):
+    """One caption of each scene, the wordings in turns."""
+    told = [i % scenes.config.templates for i in range(len(scenes))]
+    ids = tuple(f'scenes/{scenes.split}/{scenes.seed}/{i}#{k}' for i, k in enumerate(told))
+    captions = tuple(scenes.captions(i)[k] for i, k in enumerate(told))
+    return Pairs(ids, captions, tuple(range(len(scenes))))
+
+
+class Given:
+    """Images that were made elsewhere: a folder, or a .npz with `images` uint8 [n, S, S, 3].
+
+    A folder is read in the order of its names; captions are the first lines of .txt files beside
+    the images, those of a .npz its array `captions`.
+
+    Attributes:
+      side: S.
+      captions: of each image, or None where there are none.
+    """
+
+    def __init__(self, path: str | Path):
+        """Reads a .npz, or looks at every image of a folder.
+
+        Raises:
+          FileNotFoundError, ValueError: nothing there, files that cannot be read, sides that
+            differ, or two images of one name; names them.
+        """
+        self._path = Path(path)
+        if self._path.suffix == '.npz':
+            self._images, self.captions = _read_npz(self._path)
+            self._source, self.side = None, self._images.shape[1]
+        else:
+            self._source = FolderSource(self._path, captions_required=False)
+            self.captions = self._captions()
+            self.side = self._check()
+
+    def __len__(self) -> int:
+        return len(self._images if self._source is None else self._source)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """uint8 [n, S, S, 3], PARTS at a time."""
+        for begin in range(0, len(self), PARTS):
+            indices = range(begin, min(begin + PARTS, len(self)))
+            yield (self._images[begin:begin + PARTS] if self._source is None else
+                   np.stack([self._image(i) for i in indices]))
+
+    def _image(self, index):
+        record = self._source[index]
+        return images_lib.decode(record.image, record.name)
+
+    def _captions(self):
+        found = []
+        for i in range(len(self._source)):
+            lines = self._source.captions(i)
+            if not lines:
+                return None
+            found.append(lines[0])
+        return tuple(found)
+
+    def _check(self):
+        """The side of all images."""
+        names, sides, bad = self._source.images, {}, []
+        stems = [name.rpartition('.')[0] for name in names]
+        twins = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(
+            set(stems)) < len(stems) else []
+        if twins:
+            raise ValueError(f'{self._path}: {len(twins)} names belong to several images, the '
+                             f'first is {twins[0]}; remove or rename all but one')
+        for i, name in enumerate(names):
+            try:
+                sides.setdefault(self._image(i).shape[:2], name)
+            except BadRecord as error:
+                bad.append(str(error))
+        if bad:
+            raise ValueError(f'{self._path}: {len(bad)} of {len(names)} images cannot be read: '
+                             f'{"; ".join(bad[:4])}. Remove them: numbers of the others would '
+                             'not be those of the folder')
+        if len(sides) > 1 or (shape := next(iter(sides)))[0] != shape[1]:
+            told = ', '.join(f'{name}: {w} x {h}' for (h, w), name in list(sides.items())[:4])
+            raise ValueError(f'{self._path}: images must be squares of one size, and there are '
+                             f'{told}')
+        return shape[0]
+
+
+def _read_npz(path):
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f'{path}: there is no .npz file, or it is cut short')
+    with np.load(path) as stored:
+        if 'images' not in stored:
+            raise ValueError(f'{path} has no array `images`; it has {", ".join(stored.files)}')
+        images = stored['images']
+        captions = tuple(map(str, stored['captions'])) if 'captions' in stored else None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size \
+            or images.shape[1] != images.shape[2]:
+        raise ValueError(f'{path}: images are {images.dtype} {list(images.shape)}; give uint8 '
+                         '[n, side, side, 3], at least one')
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f'{path}: {len(captions)} captions and {len(images)} images; give one for '
+                         'each')
+    return images, captions
+
+
+class Network(NamedTuple):
+    """What FID, IS and KID look through.
+
+    Attributes:
+      name: 'inception', or 'words', a network of our own whose numbers are not those of others.
+      of: uint8 images [B, H, W, 3] -> features float32 [B, D], logits float32 [B, C].
+      fingerprint: of its parameters.
+    """
+
+    name: str
+    of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    fingerprint: str
+
+
+def open_network(path: str, resize: str, batch: int, mesh: str) -> Network | None:
+    """The published Inception of a file, a run of models/words.py of a directory, None of ''.
+
+    Raises:
+      ValueError, RunError: neither; names the path.
+    """
+    import jax
+
+    from dalle_jax import generate
+    from dalle_jax.models.context import unconstrained
+    from dalle_jax.training import partition
+
+    if not path:
+        return None
+    devices = generate.mesh_of(mesh)
+    place = partition.replicated(devices)
+    constrain = partition.Partitioner(devices) if devices.size > 1 else unconstrained
+    batch += -batch % devices.size
+    if Path(path).is_dir():
+        run = runs.load(path, lambda *_: place)
+        if run.experiment.model != 'words':
+            raise runs.RunError(f'{path} is a {run.experiment.model} run; features need one of '
+                                'experiments/features.py, or the file of Inception weights')
+        from dalle_jax.metrics import features
+
+        name, params = 'words', run.params
+        network = features.Features(params, run.config, batch, constrain)
+        names = 'features', 'logits'
+    else:
+        from dalle_jax.interop import files
+        from dalle_jax.metrics import inception
+
+        name, params = 'inception', jax.device_put(
+            inception.from_published(files.read(path)), place)
+        network = inception.Features(params, resize=resize, batch=batch, constrain=constrain)
+        names = network.names
+
+    def of(images):
+        found = network.of(images)
+        return tuple(found[key] for key in names)
+    return Network(name, of, runs.fingerprint(params))

@@ -1,0 +1,73 @@
+"""Captions are chosen at random, once each, and only where there is an image."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.data.records import BadRecord, Record
+from dalle_jax.metrics import pairs as lib
+
+
+def png(value, side=8):
+    file = io.BytesIO()
+    Image.fromarray(np.full((side, side + 2, 3), value, np.uint8)).save(file, 'PNG')
+    return file.getvalue()
+
+
+class Source:
+    """Record i has 1 + i % 3 captions; 4 has none, 5 is no image, 6 is too small."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        if i == 4:
+            raise BadRecord('r4: no captions')
+        image = b'no image' if i == 5 else png(i, 4 if i == 6 else 8)
+        return Record(image, tuple(f'caption {i // 2} {k}' for k in range(1 + i % 3)), f'r{i}')
+
+
+def choose(count, seed=0, exclude=()):
+    return lib.choose(Source(), count, seed, 'center', 8, exclude)
+
+
+def test_the_same_seed_chooses_the_same():
+    one, again, other = choose(12), choose(12), choose(12, seed=1)
+    assert one == again and one.hash == again.hash
+    assert set(one.ids) != set(other.ids) and one.hash != other.hash
+    assert len(set(one.ids)) == 12
+    for name, caption, i in zip(one.ids, one.captions, one.records):
+        record, _, k = name.partition('#')
+        assert record == f'r{i}' and caption == Source()[i].captions[int(k)]
+
+
+def test_more_captions_begin_with_fewer():
+    assert choose(20).ids[:7] == choose(7).ids
+
+
+def test_all_that_differ_in_their_order():
+    found = choose(0)
+    expected = dict.fromkeys(
+        c for i in range(20) if i not in (4, 5, 6) for c in Source()[i].captions)
+    assert list(found.captions) == list(expected)
+    assert found.left_out_count == 3
+    assert [why.partition(':')[0] for why in found.left_out] == ['r4', 'r5', 'r6']
+
+
+def test_names_that_are_left_out():
+    kept = choose(0, exclude={'r0', 'r1'}).ids
+    assert not {'r0', 'r1'} & {name.partition('#')[0] for name in kept}
+    usable = sum(len(Source()[i].captions) for i in range(20) if i not in (4, 5, 6))
+    assert len(choose(usable).ids) == usable
+    with pytest.raises(ValueError, match=f'{usable} captions can be used, and {usable + 1} are '
+                                         r'asked for; 3 records are left out(.|\n)*no captions'):
+        choose(usable + 1)
+
+
+def test_images_are_those_of_the_records():
+    found = choose(5)
+    images = lib.real_images(Source(), found.records, 'center', 8)
+    assert images.shape == (5, 8, 8, 3)
+    assert [int(image[0, 0, 0]) for image in images] == list(found.records)
