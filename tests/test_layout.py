@@ -14,6 +14,7 @@ HOMES = {
     'ml_collections': {'config'},
     'sentencepiece': {'data.text'},
     'tensorflow_datasets': {'data.tfds'},
+    'safetensors': {'interop.files'},
 }
 
 
@@ -73,6 +74,7 @@ def test_only_quickstart_imports_verbs():
     ('data', {'data'}),
     ('training', {'training', 'models'}),
     ('planning', {'planning', 'training', 'models'}),
+    ('interop', {'interop', 'models'}),
     ('metrics', {'metrics', 'models', 'data', 'report'}),
 ])
 def test_package_imports_only(package, allowed):
@@ -103,7 +105,8 @@ def test_one_home(library):
 
 def test_optional_libraries_are_imported_where_used():
     """A bare accelerator machine has jax, flax, optax, orbax, numpy: importing must work there."""
-    absent = {'ml_collections', 'tensorflow_datasets', 'array_record', 'grain', 'tensorboardX'}
+    absent = {'ml_collections', 'tensorflow_datasets', 'array_record', 'grain', 'tensorboardX',
+              'safetensors'}
     for name, path in modules():
         top = {f.split('.')[0] for f in imports(path, top_level_only=True)}
         assert not top & absent, f'{name} imports {top & absent} at import time'

@@ -1,0 +1,1 @@
+"""Published weights, read and written in the formats of their authors."""
