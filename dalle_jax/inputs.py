@@ -149,6 +149,7 @@ def _check_codes(experiment, loaded, made_by):
 
 def _tokenizer(experiment, loaded, source, workdir):
     """The BPE: this run's own if it is already there, another run's, or trained now."""
+    from dalle_jax.data.clip_text import from_bytes
     from dalle_jax.data.text import Tokenizer
 
     def found():
@@ -168,4 +169,4 @@ def _tokenizer(experiment, loaded, source, workdir):
     if jax.process_count() == 1:
         return found()
     model = distributed.from_primary(lambda: base64.b64encode(found().model).decode())
-    return Tokenizer(base64.b64decode(model))
+    return from_bytes(base64.b64decode(model))

@@ -229,10 +229,10 @@ def fingerprint(params: Any) -> str:
 
 def load_tokenizer(path: str | Path):
     """The BPE of a run, or None if it has none."""
-    from dalle_jax.data.text import Tokenizer
+    from dalle_jax.data import clip_text
 
     file = Path(path) / 'tokenizer.model'
-    return Tokenizer.load(file) if file.exists() else None
+    return clip_text.load(file) if file.exists() else None
 
 
 def read_config(path: str | Path) -> config_lib.Experiment:

@@ -15,6 +15,8 @@ HOMES = {
     'sentencepiece': {'data.text'},
     'tensorflow_datasets': {'data.tfds'},
     'safetensors': {'interop.files'},
+    'ftfy': {'data.clip_text'},
+    'regex': {'data.clip_text'},
 }
 
 
@@ -106,7 +108,7 @@ def test_one_home(library):
 def test_optional_libraries_are_imported_where_used():
     """A bare accelerator machine has jax, flax, optax, orbax, numpy: importing must work there."""
     absent = {'ml_collections', 'tensorflow_datasets', 'array_record', 'grain', 'tensorboardX',
-              'safetensors'}
+              'safetensors', 'ftfy', 'regex'}
     for name, path in modules():
         top = {f.split('.')[0] for f in imports(path, top_level_only=True)}
         assert not top & absent, f'{name} imports {top & absent} at import time'

@@ -63,7 +63,7 @@ class Tokenizer:
                              "with model_type='bpe'")
 
     def __reduce__(self):
-        return Tokenizer, (self.model,)
+        return type(self), (self.model,)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 16384) -> 'Tokenizer':

@@ -30,7 +30,7 @@ def take(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) ->
     """
     array = arrays[name]
     if array.shape != shape:
-        raise ValueError(f'{name} has the shape {list(array.shape)}, and with the other arrays goes '
+        raise ValueError(f'{name} has the shape {list(array.shape)}, and the other arrays ask for '
                          f'{list(shape)}: weights of another model')
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f'{name} holds {array.dtype} where weights are floating-point numbers')

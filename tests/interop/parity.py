@@ -31,11 +31,12 @@ an armchair in the shape of an avocado, a professional high quality photo
 it's what they're saying: we've seen that he'd go if she'll come, i'm sure don't""".split('\n')
 
 CAPTIONS = [
-    'a small red star', 'A Photo of the Mountain LAKE, at sunrise!', "it's they've we'll I'M don't",
-    '  many   spaces\tand\nlines ', 'number 2024, 3.14 and x86_64', 'unseen zyx words; (brackets)?!',
-    'caf\u00e9 na\u00efve \u00fcber', '\u732b\u3068\u72ac 42', '\U0001f600 smile', '&amp; tom &amp;amp; jerry &lt;b&gt;',
-    'a<|endoftext|>b', "'s's 'S o'clock", '_under_score__', '\u0660\u0661\u0662 \u00bd \u2167', 'e\u0301 and \u00e9', 'ﬁne \u201cquotes\u201d\u2014dash\u2026',
-    'caf\u00c3\u00a9 mojibake', 'A\u0130I\u0131 \u1e9e\u00df', 'x' * 60, 'the ' * 40,
+    'a small red star', 'A Photo of the Mountain LAKE, at sunrise!', 'x' * 60, 'the ' * 40,
+    '  many   spaces\tand\nlines ', 'number 2024, 3.14 and x86_64', "'s's 'S o'clock",
+    'unseen zyx words; (brackets)?!', 'caf\u00e9 na\u00efve \u00fcber', '\u732b\u3068\u72ac 42',
+    '\U0001f600 smile', '&amp; tom &amp;amp; jerry &lt;b&gt;', 'a<|endoftext|>b', '_under_score__',
+    '\u0660\u0661\u0662 \u00bd \u2167', 'e\u0301 and \u00e9', 'A\u0130I\u0131 \u1e9e\u00df',
+    '\ufb01ne \u201cquotes\u201d\u2014dash\u2026', 'caf\u00c3\u00a9 mojibake', "it's they've we'll I'M don't",
 ]
 
 
@@ -175,8 +176,9 @@ def clip_fixtures(tokenizer):
     config = transformers.CLIPConfig(
         projection_dim=20,
         text_config=dict(vocab_size=vocab, hidden_size=24, intermediate_size=96,
-                         num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=context,
-                         eos_token_id=end, bos_token_id=start, projection_dim=20),
+                         num_hidden_layers=2, num_attention_heads=3,
+                         max_position_embeddings=context, eos_token_id=end, bos_token_id=start,
+                         projection_dim=20),
         vision_config=dict(hidden_size=16, intermediate_size=64, num_hidden_layers=9,
                            num_attention_heads=2, image_size=size, patch_size=patch,
                            projection_dim=20))
@@ -264,9 +266,10 @@ def file_fixtures():
     zoo = {
         'half': torch.arange(4).half() / 3, 'bfloat16': torch.arange(4).bfloat16() / 3,
         'double': torch.arange(4).double() / 3, 'long': torch.tensor([2**40, -1]),
-        'bool': torch.tensor([True, False]), 'scalar': torch.tensor(2.5), 'empty': torch.zeros(0, 3),
-        'transposed': base.reshape(4, 6).T, 'window': base.reshape(4, 6)[1:3, 2:5],
-        'every_third': base[1::3], 'shared': base, 'parameter': torch.nn.Parameter(base[:2].clone()),
+        'bool': torch.tensor([True, False]), 'scalar': torch.tensor(2.5),
+        'empty': torch.zeros(0, 3), 'transposed': base.reshape(4, 6).T,
+        'window': base.reshape(4, 6)[1:3, 2:5], 'every_third': base[1::3], 'shared': base,
+        'parameter': torch.nn.Parameter(base[:2].clone()),
         'nested': {'inner': base[:1].clone()}, 'epoch': 3, 'note': 'text', 'options': [1, 'a'],
     }
     torch.save(zoo, FIXTURES / 'zoo.pth')
