@@ -128,10 +128,6 @@ class Model:
         if self.clip_run and self.clip_run.experiment.model != 'clip':
             raise runs.RunError(f'{clip} is a {self.clip_run.experiment.model} run; name a CLIP '
                                 'run to rank with')
-        sides = {r.config.image_size for r in (self.clip_run, self.image_run) if r}
-        if len(sides) > 1:
-            raise runs.RunError(f'{clip} reads images of {self.clip_run.config.image_size} px, but '
-                                f'{path} draws {self.image_run.config.image_size} px')
         self.dtype = machine.compute_dtype(self.run.experiment.precision)
 
     def _load(self, path):
@@ -181,6 +177,7 @@ class Model:
         """How well images[i] fits captions[i], float32 [B].
 
         CLIP's similarity where there is a CLIP run, else DALL-E's log p(image | caption), nats.
+        Images of another size than the CLIP's are resized as images.crop_clip does.
         """
         run = self._need(self.clip_run or self._dalle, 'score images', 'a CLIP or DALL-E run')
         images = np.asarray(images)
@@ -228,7 +225,7 @@ class Model:
         of_text, of_image = (
             drawing.in_batches(self._bound(embed, run), self._ways, rows)
             for embed, rows in ((drawing.embed_text, text),
-                                (drawing.embed_image, _checked(shown, run.config))))
+                                (drawing.embed_image, _as_seen(shown, run.config))))
         return (of_text[:, None] * of_image.reshape(*images.shape[:2], -1)).sum(axis=-1)
 
     def draw(self, captions: Sequence[str], sampling: Sampling, image: np.ndarray | None = None,
@@ -383,3 +380,15 @@ def _checked(images, config):
         raise ValueError(f'images are {images.dtype} {list(images.shape)}; expected uint8 '
                          f'[batch, {size}, {size}, 3]')
     return images
+
+
+def _as_seen(images, config):
+    """uint8 images [B, H, W, 3] as a CLIP reads them, [B, S, S, 3]."""
+    from dalle_jax.data.images import crop_clip
+
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f'images are {images.dtype} {list(images.shape)}; expected uint8 '
+                         '[batch, height, width, 3]')
+    if images.shape[1:3] == (config.image_size, config.image_size):
+        return images
+    return np.stack([crop_clip(image, config.image_size) for image in images])

@@ -3,6 +3,7 @@
 The models' parameters are random, and large, so that tokens depend on everything the model reads.
 """
 
+import copy
 import math
 from collections import namedtuple
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import drawing, generate, runs
+from dalle_jax.data.images import crop_clip
 from dalle_jax.data.text import Tokenizer
 from dalle_jax.generate import Sampling
 from dalle_jax.models import clip, dalle, dvae
@@ -302,6 +304,22 @@ def test_decoding_bytes_cover_the_largest_activation(model):
     one = drawing.decoding_bytes(model.image_run, 1)
     assert one >= 4 * 4 * 16 * 8 * 8
     assert drawing.decoding_bytes(model.image_run, 10) == 10 * one
+
+
+def test_a_clip_of_another_size_is_shown_resized_images(model):
+    """As with a published one, which reads 224 px whatever is drawn."""
+    model, config = copy.copy(model), clip.Config(**vars_of(model.clip_run.config)
+                                                  | {'image_size': 24})
+    params = clip.init(config, jax.random.key(1))[0]
+    model.clip_run = model.clip_run._replace(config=config, params=params)
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    shown = np.stack([crop_clip(image, 24) for image in images])
+    text = generate.encode_captions(model.clip_run.tokenizer, CAPTIONS, 11)[0]
+    expected = jax.jit(clip.score, static_argnums=1)(params, config, shown, text)
+    np.testing.assert_allclose(model.score(CAPTIONS, images), expected, atol=1e-5)
+    np.testing.assert_allclose(model.score(CAPTIONS, shown), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r'images are float64 \[5, 16, 16, 3\]; expected uint8'):
+        model.score(CAPTIONS, images / 255)
 
 
 def test_what_a_run_cannot_draw_is_refused_at_once(model):

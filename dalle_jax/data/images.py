@@ -123,6 +123,22 @@ def crop_center(image: np.ndarray, size: int, name: str = 'image') -> np.ndarray
     return image[top:top + size, left:left + size]
 
 
+def crop_clip(image: np.ndarray, size: int) -> np.ndarray:
+    """What the released CLIPs see: the short side resized to `size`, then the central square.
+
+    Bicubic, up as well as down, with a filter as wide as the source pixels of a target pixel
+    (Pillow's own). Uneven margins are rounded to even numbers, as in the released code.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    if short != size:
+        height, width = (size * side // short for side in (height, width))
+        image = np.asarray(
+            Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (round((side - size) / 2) for side in (height, width))
+    return image[top:top + size, left:left + size]
+
+
 def crop_window(image: np.ndarray, size: int, rng: np.random.Generator,
                 name: str = 'image') -> np.ndarray:
     """A square of size x size pixels at a uniform position, without any resizing."""

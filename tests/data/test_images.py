@@ -3,9 +3,12 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_jax.data import images
@@ -293,3 +296,28 @@ def test_crops_repeat_with_their_generator():
         assert (kind == 'center') == np.array_equal(first, other)
     with pytest.raises(ValueError, match="'stage3' is none of stage1, stage2"):
         images.crop('stage3', image, 32, np.random.default_rng(0))
+
+
+def test_crop_clip_is_what_transformers_shows_its_clip():
+    """Made by tests/interop/parity.py. Of uneven margins theirs leaves out the smaller one first."""
+    stored = np.load(Path(__file__).parent.parent / 'interop' / 'fixtures' / 'resized.npz')
+    for name in (name for name in stored if name.startswith('in_')):
+        expected = stored[name.replace('in_', 'out_')]
+        found = images.crop_clip(stored[name], 12)
+        assert found.shape == (12, 12, 3) and found.dtype == np.uint8
+        height, width = stored[name].shape[:2]
+        margins = [12 * side // min(height, width) - 12 for side in (height, width)]
+        shift = [round(m / 2) - m // 2 for m in margins]
+        np.testing.assert_array_equal(found[:12 - shift[0], :12 - shift[1]],
+                                      expected[shift[0]:, shift[1]:], name)
+
+
+@given(st.integers(3, 40), st.integers(3, 40), st.integers(2, 30))
+def test_crop_clip_is_the_center_of_the_resized_image(height, width, size):
+    image = noise(height, width)
+    short = min(height, width)
+    sides = int(size * width / short), int(size * height / short)
+    whole = np.asarray(Image.fromarray(image).resize(sides, Image.Resampling.BICUBIC))
+    top, left = round((sides[1] - size) / 2.0), round((sides[0] - size) / 2.0)
+    np.testing.assert_array_equal(images.crop_clip(image, size),
+                                  whole[top:top + size, left:left + size])
