@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'plan', 'benchmark')
+VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'plan', 'convert',
+         'benchmark')
 
 
 def main():

@@ -12,7 +12,9 @@ the table is the released row 49407, and row v + 1 the released row v.
 d width of a tower, H heads, D = d / H.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,9 +106,9 @@ def from_published(arrays: Mapping[str, np.ndarray], head_width: int = HEAD_WIDT
       ValueError: names or shapes are not those of a CLIP with a vision transformer, or there are
         numbers that are not finite; names the arrays.
     """
-    layout = 'huggingface' if any(name.startswith('vision_model.') for name in arrays) else 'openai'
-    config = _recognise(arrays, LAYOUTS[layout], head_width)
-    rules = _rules(config, LAYOUTS[layout])
+    layout = LAYOUTS[layout_of(arrays)]
+    config = _recognise(arrays, layout, head_width)
+    rules = _rules(config, layout)
     weights.check_names('CLIP', arrays, [name for rule in rules for name in rule.names], HARMLESS)
     flat = {}
     for rule in rules:
@@ -116,6 +118,33 @@ def from_published(arrays: Mapping[str, np.ndarray], head_width: int = HEAD_WIDT
     for tower, blocks in (('image', config.image_blocks), ('text', config.text_blocks)):
         params[tower]['transformer'] = _stacked(params[tower]['transformer'], blocks)
     return config, params
+
+
+def layout_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """A key of LAYOUTS, by the names."""
+    return 'huggingface' if any(n.startswith('vision_model.') for n in arrays) else 'openai'
+
+
+def read_description(path: Path) -> int:
+    """The width of a head, which weights do not tell, from the config.json of transformers.
+
+    Raises:
+      ValueError: the towers compute what `models.clip` does not.
+    """
+    described, widths = json.loads(path.read_text()), set()
+    # What is absent has the value of ViT-B/32.
+    for tower, width, heads in (('text_config', 512, 8), ('vision_config', 768, 12)):
+        values = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'hidden_size': width,
+                  'num_attention_heads': heads} | described.get(tower, {})
+        for name, supported in (('hidden_act', 'quick_gelu'), ('layer_norm_eps', 1e-5)):
+            if values[name] != supported:
+                raise ValueError(f'{path}: {tower}.{name} is {values[name]!r}; this library has '
+                                 f'{supported!r}, as the CLIPs of OpenAI')
+        widths.add(values['hidden_size'] / values['num_attention_heads'])
+    if len(widths) > 1:
+        raise ValueError(f'{path}: heads {widths} wide; the towers of all CLIPs of OpenAI have '
+                         'heads of one width')
+    return int(widths.pop())
 
 
 def to_published(params: Any, config: clip.Config, layout: str) -> dict[str, np.ndarray]:

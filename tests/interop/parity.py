@@ -243,16 +243,21 @@ def dvae_fixtures():
     for network in (encoder, decoder):
         for name, value in network.named_parameters():
             with torch.no_grad():
-                value.copy_((2 * value + 0.1 * torch.randn_like(value)).half().float())
+                # The residual branches, which are divided by 64, must show.
+                value.mul_(3 if 'res_path' in name else 1).add_(0.1 * torch.randn_like(value))
+                value.copy_(value.half().float())
     images = np.random.default_rng(2).integers(0, 256, (3, 16, 24, 3), np.uint8)
     images = images // 4 + 16 * np.arange(12).repeat(2)[:, None].astype(np.uint8) % 192
     with torch.no_grad():
         x = map_pixels(torch.tensor(images).permute(0, 3, 1, 2).float() / 255)
+        offset = encoder(x).mean((0, 2, 3))  # so that many codes are chosen
+        encoder.blocks.output.conv.b.sub_(offset.half().float())
         logits = encoder(x)
         codes = logits.argmax(1)
         hot = torch.nn.functional.one_hot(codes, 24).permute(0, 3, 1, 2).float()
         maps = decoder(hot)
         decoded = unmap_pixels(torch.sigmoid(maps[:, :3]))
+    print(len(codes.unique()), 'codes of the dVAE are used')
     torch.save(encoder, FIXTURES / 'dalle_encoder.pkl')
     torch.save(decoder, FIXTURES / 'dalle_decoder.pkl')
     np.savez_compressed(
