@@ -1,8 +1,10 @@
-"""Files of weights -> arrays by name: safetensors, NumPy's .npz, PyTorch's zip files, TorchScript.
+"""Files of weights -> arrays by name: safetensors, NumPy's .npz, PyTorch's files, TorchScript.
 
 Nothing in a file is executed: see pickles.py. PyTorch is not needed.
 """
 
+import functools
+import io
 import math
 import zipfile
 import zlib
@@ -20,13 +22,15 @@ STORAGES = {
     'BoolStorage': np.bool_,
 }
 
-# What reading a broken zip file raises. RuntimeError: encrypted, an unknown compression, or modules
+# What reading a broken file raises. RuntimeError: encrypted, an unknown compression, or modules
 # that contain themselves; MemoryError: an array that claims to be larger than any machine.
 DAMAGED = (ValueError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 MAX_PICKLE = 1 << 26  # bytes; that of a model of 1000 tensors has 200 thousand
 
-FORMATS = '.safetensors, .npz, or a zip file of PyTorch (.pt, .pth, .bin, .pkl), TorchScript too'
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+FORMATS = '.safetensors, .npz, or a file of PyTorch (.pt, .pth, .bin, .pkl), TorchScript too'
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
@@ -50,11 +54,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             return _read_zip(path)
         if start[8:9] == b'{':
             return _read_safetensors(path)
+        if start[:1] == b'\x80':
+            return _read_legacy(path)
     except DAMAGED as error:
         raise ValueError(f'{path}: {error or type(error).__name__}') from error
-    if start[:1] == b'\x80':
-        raise ValueError(f'{path}: a pickle of PyTorch before 1.6, which is no zip file; load it '
-                         'with PyTorch and save it again: torch.save(torch.load(path), path)')
     raise ValueError(f'{path}: not a file of weights: it begins with {start[:8]!r}; {FORMATS}')
 
 
@@ -92,12 +95,10 @@ def _read_torch(archive, folder):
     infos = {info.filename: info for info in archive.infolist()}
     if folder + 'byteorder' in infos and archive.read(folder + 'byteorder') != b'little':
         raise ValueError('its numbers are big-endian; save it again on a little-endian machine')
-    storages = {}
 
-    def member(storage):
-        if storage.kind not in STORAGES:
-            raise pickles.Refused(f'it has a {storage.kind}; known: {", ".join(STORAGES)}')
-        name, dtype = f'{folder}data/{storage.key}', np.dtype(STORAGES[storage.kind])
+    @functools.cache
+    def memory(storage):
+        name, dtype = f'{folder}data/{storage.key}', _dtype(storage)
         if name not in infos:
             raise pickles.Refused(f'damaged: {name} is missing in it; download it again')
         if infos[name].compress_type != zipfile.ZIP_STORED:
@@ -107,25 +108,69 @@ def _read_torch(archive, folder):
                                   f'{storage.size} x {dtype.itemsize}; download it again')
         return np.frombuffer(archive.read(name), dtype)
 
-    def tensor(storage, offset, shape, strides):
-        if storage not in storages:
-            storages[storage] = member(storage)
-        memory = storages[storage]
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides,
-                                                                         strict=True))
-        inside = min((offset, *shape, *strides)) >= 0 and last < len(memory)
-        if 0 in shape:
-            return np.zeros(shape, memory.dtype)
-        if not inside or math.prod(shape) > len(memory):
-            raise pickles.Refused(f'damaged: a tensor {list(shape)} with strides {list(strides)} '
-                                  f'from {offset} on does not fit its {len(memory)} elements')
-        return np.lib.stride_tricks.as_strided(
-            memory[offset:], shape, [stride * memory.itemsize for stride in strides],
-            writeable=False)
-
     if infos[folder + 'data.pkl'].file_size > MAX_PICKLE:
         raise ValueError(f'its data.pkl has more than {MAX_PICKLE} bytes: no list of tensors')
-    found = pickles.interpret(archive.read(folder + 'data.pkl'), tensor)
-    if not isinstance(found, dict | pickles.Object):
-        raise ValueError(f'it holds a {type(found).__name__}, not weights by name')
-    return pickles.flatten(found)
+    tree = io.BytesIO(archive.read(folder + 'data.pkl'))
+    return _flat(pickles.interpret(tree, lambda storage, *rest: _tensor(memory(storage), *rest)))
+
+
+def _read_legacy(path):
+    """A file of PyTorch before 1.6: five pickles (a number, a version, facts, the tree, the keys of
+    the storages), then the size and the memory of each storage.
+    """
+    data = path.read_bytes()
+    file = io.BytesIO(data)
+
+    def plain():
+        return pickles.interpret(file, lambda *of: None)
+
+    if plain() != LEGACY_MAGIC:
+        raise ValueError(f'a pickle, but none of PyTorch; {FORMATS}')
+    _, facts = plain(), plain()
+    if not isinstance(facts, dict) or not facts.get('little_endian'):
+        raise ValueError('damaged, or its numbers are big-endian; save it again on a little-endian '
+                         'machine')
+    # The tree comes before the memory, and is read once to know its storages, and once with them.
+    start, storages = file.tell(), set()
+    pickles.interpret(file, lambda storage, *rest: storages.add(storage))
+    by_key = {str(storage.key): storage for storage in storages}
+    memory, keys = {}, plain()
+    if not isinstance(keys, list) or {*map(str, keys)} != by_key.keys():
+        raise ValueError('damaged: its storages are not those of its tensors; download it again')
+    for storage in (by_key[str(key)] for key in keys):
+        place, dtype = file.tell() + 8, _dtype(storage)
+        size = int.from_bytes(data[place - 8:place], 'little')
+        end = place + size * dtype.itemsize
+        if end > len(data) or size != storage.size:
+            raise ValueError(f'truncated or damaged: it has {len(data)} bytes, and {size} x '
+                             f'{dtype.itemsize} of them belong at {place}; download it again')
+        memory[storage] = np.frombuffer(data, dtype, size, place)
+        file.seek(end)
+    file.seek(start)
+    return _flat(pickles.interpret(
+        file, lambda storage, *rest: _tensor(memory[storage], *rest)))
+
+
+def _dtype(storage):
+    if storage.kind not in STORAGES:
+        raise pickles.Refused(f'it has a {storage.kind}; known: {", ".join(STORAGES)}')
+    return np.dtype(STORAGES[storage.kind])
+
+
+def _tensor(memory, offset, shape, strides):
+    """A view of a storage's elements; strides in elements."""
+    if 0 in shape:
+        return np.zeros(shape, memory.dtype)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    inside = min((offset, *shape, *strides)) >= 0 and last < len(memory)
+    if not inside or math.prod(shape) > len(memory):
+        raise pickles.Refused(f'damaged: a tensor {list(shape)} with strides {list(strides)} from '
+                              f'{offset} on does not fit its {len(memory)} elements')
+    return np.lib.stride_tricks.as_strided(
+        memory[offset:], shape, [stride * memory.itemsize for stride in strides], writeable=False)
+
+
+def _flat(tree):
+    if not isinstance(tree, dict | pickles.Object):
+        raise ValueError(f'it holds a {type(tree).__name__}, not weights by name')
+    return pickles.flatten(tree)

@@ -7,7 +7,7 @@ of modules become inert objects with attributes, and every other name is refused
 
 import pickletools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -56,11 +56,11 @@ class Refused(ValueError):
     """A pickle that holds more than tensors, or none of this library's tensors."""
 
 
-def interpret(data: bytes, tensor: Callable) -> Any:
-    """The value of a pickle.
+def interpret(file: BinaryIO, tensor: Callable) -> Any:
+    """The value of the pickle at a file's position, which ends up behind it.
 
     Args:
-      data: protocol 0 to 4.
+      file: holds one of protocol 0 to 4.
       tensor: (Storage, offset, shape, strides), strides in elements -> what stands for a tensor.
 
     Returns:
@@ -72,7 +72,7 @@ def interpret(data: bytes, tensor: Callable) -> Any:
     """
     machine = _Machine(tensor)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == 'STOP':
                 return machine.pop()
             machine.step(opcode.name, argument)
@@ -80,8 +80,8 @@ def interpret(data: bytes, tensor: Callable) -> Any:
         raise
     # What a damaged program asks of the stack, of the memo and of the containers.
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'damaged pickle: {error!r}') from error
-    raise ValueError('damaged pickle: it has no end')
+        raise ValueError(f'truncated or damaged pickle, download it again: {error!r}') from error
+    raise ValueError('truncated or damaged pickle, download it again: it has no end')
 
 
 LITERALS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
@@ -162,8 +162,12 @@ class _Machine:
         elif name == 'STACK_GLOBAL':
             push(_name('.'.join(self._top(2))))
         elif name == 'BINPERSID':
-            _, kind, key, _, size = self.pop()
-            push(Storage(kind.path.removeprefix('torch.'), key, size))
+            what, kind, *rest = self.pop()
+            if what == 'module':  # an old file's class, with its source code
+                push(kind)
+            else:
+                key, _, size = rest[:3]
+                push(Storage(kind.path.removeprefix('torch.'), key, size))
         elif name == 'NEWOBJ':
             cls, _ = self._top(2)
             push(Object(cls.path))

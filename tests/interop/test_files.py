@@ -65,9 +65,10 @@ SIX = np.arange(6, dtype=np.float32)
 # -- what is read ----------------------------------------------------------------------------------
 
 
-def test_what_torch_saves():
-    """The arrays of parity.file_fixtures, which say what they hold."""
-    found = files.read(FIXTURES / 'zoo.pth')
+@pytest.mark.parametrize('source', ['zoo.pth', 'legacy.pth'])
+def test_what_torch_saves(source):
+    """The arrays of parity.file_fixtures, which say what they hold; one saved as before 1.6."""
+    found = files.read(FIXTURES / source)
     base = np.arange(24, dtype=np.float32)
     thirds = np.arange(4, dtype=np.float32) / 3
     expected = {
@@ -151,6 +152,10 @@ def test_code_is_not_run(tmp_path, function, arguments, named, protocol):
         archive.writestr('bad/data.pkl', payload)
     with pytest.raises(ValueError, match=rf'bad\.pt: its pickle asks for .*{named.split(".")[-1]}'):
         files.read(tmp_path / 'bad.pt')
+    if protocol > 1:  # an old file begins with a pickle, of which it gives the protocol first
+        (tmp_path / 'bad.pt').write_bytes(payload)
+        with pytest.raises(ValueError, match=r'bad\.pt: its pickle asks for'):
+            files.read(tmp_path / 'bad.pt')
     assert not victim.exists()
 
 
@@ -199,7 +204,12 @@ def test_bad_archives(tmp_path):
     refused('without weights: it holds readme.txt')
     np.savez(tmp_path / 'x.npz', x=np.array([{}], object))
     refused('allow_pickle', tmp_path / 'x.npz')
-    refused('before 1.6.*torch.save', FIXTURES / 'legacy.pth')
+    for value in (SIX.tolist(), {'little_endian': True}):
+        (tmp_path / 'x.pt').write_bytes(pickle.dumps(value, 2))
+        refused('a pickle, but none of PyTorch')
+    old = (FIXTURES / 'legacy.pth').read_bytes()
+    (tmp_path / 'x.pt').write_bytes(old.replace(b'little_endianq', b'little_indianq'))
+    refused('big-endian')
     for content in (b'', b'<!DOCTYPE html>', b'version https://git-lfs.github.com/spec/v1'):
         (tmp_path / 'x.pt').write_bytes(content)
         refused('not a file of weights: it begins with')
@@ -207,7 +217,8 @@ def test_bad_archives(tmp_path):
         files.read(tmp_path / 'absent.pt')
 
 
-@pytest.mark.parametrize('source', ['zoo.pth', 'clip_huggingface.safetensors', 'clip.npz'])
+@pytest.mark.parametrize('source', ['zoo.pth', 'legacy.pth', 'clip_huggingface.safetensors',
+                                    'clip.npz'])
 def test_truncated_files_are_named(tmp_path, source):
     whole = (FIXTURES / source).read_bytes()
     for size in (20, len(whole) // 2, len(whole) - 1):
@@ -218,7 +229,7 @@ def test_truncated_files_are_named(tmp_path, source):
 
 
 @settings(max_examples=150, deadline=None)
-@given(source=st.sampled_from(['zoo.pth', 'state_dict.pth', 'clip.npz']), data=st.data())
+@given(source=st.sampled_from(['zoo.pth', 'legacy.pth', 'clip.npz']), data=st.data())
 def test_damage_never_surprises(tmp_path_factory, source, data):
     """Flipped bytes: arrays, or a ValueError that names the file."""
     whole = bytearray((FIXTURES / source).read_bytes())
