@@ -83,7 +83,7 @@ class ClipTokenizer(Tokenizer):
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from error
         vocab = path.with_name('vocab.json')
-        if vocab.exists() and json.loads(vocab.read_text('utf-8')) != found._released:
+        if vocab.exists() and _ids(vocab) != found._released:
             raise ValueError(f'{vocab} does not number the symbols as {path} does; give the two '
                              'files of one model')
         return found
@@ -153,6 +153,13 @@ class ClipTokenizer(Tokenizer):
                 joined.append(''.join(symbols[i:i + 1 + twin]))
                 i += 1 + twin
             symbols = joined
+
+
+def _ids(path):
+    try:
+        return json.loads(path.read_text('utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path}: truncated or damaged, download it again: {error}') from error
 
 
 def from_bytes(model: bytes) -> Tokenizer:

@@ -175,5 +175,7 @@ def test_bad_files_are_named(tmp_path):
     refused('truncated or damaged', b'#version \xff\xfe')
     (tmp_path / 'vocab.json').write_text(json.dumps({'a': 0}))
     refused('vocab.json does not number the symbols', lines)
+    (tmp_path / 'vocab.json').write_text('{"a": 0')
+    refused('vocab.json: truncated or damaged', lines)
     with pytest.raises(FileNotFoundError, match='absent.txt: no such file'):
         ClipTokenizer.read(tmp_path / 'absent.txt', VOCAB)

@@ -2,6 +2,8 @@
 
 Needs `pip install -e '.[parity]'`: PyTorch, transformers, and the authors' packages of CLIP and of
 DALL-E's dVAE. All weights are random and all sizes tiny; names, formats and arithmetic are theirs.
+`python -m tests.interop.parity full` makes none, but compares models of the released sizes, and the
+whole released list of merges: 4 GB of memory, a minute.
 """
 
 import collections
@@ -281,7 +283,69 @@ def file_fixtures():
     torch.save(zoo, FIXTURES / 'legacy.pth', _use_new_zipfile_serialization=False)
 
 
+# -- the released sizes ----------------------------------------------------------------------------
+
+
+def full():
+    """The largest differences between the released code and this library."""
+    from dalle_jax.data.clip_text import ClipTokenizer
+    from dalle_jax.interop import clip as to_clip
+    from dalle_jax.interop import dvae as to_dvae
+    from dalle_jax.models import clip, dvae
+
+    # -- CLIP, from captions and images to logits --------------------------------------------
+    code, simple = released('clip', 'model'), released('clip', 'simple_tokenizer')
+    torch.manual_seed(0)
+    theirs = code.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
+    for value in theirs.parameters():
+        value.data.add_(0.02 * torch.randn_like(value))
+    tokenizer = simple.SimpleTokenizer()
+    ours = ClipTokenizer.read(simple.default_bpe(), 49408)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (len(CAPTIONS), 14, 14, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+    ids = np.zeros((len(CAPTIONS), 77), np.int64)
+    for row, caption in zip(ids, CAPTIONS):
+        found = [49406, *tokenizer.encode(caption), 49407][:77]
+        found[-1] = 49407
+        row[:len(found)] = found
+    pixels = (torch.tensor(images) / 255 - torch.tensor(clip.MEAN)) / torch.tensor(clip.STD)
+    with torch.no_grad():
+        expected = theirs(pixels.permute(0, 3, 1, 2), torch.tensor(ids))[0].numpy()
+    config, params = to_clip.from_published(
+        {name: value.numpy() for name, value in theirs.state_dict().items()})
+    assert config == clip.PRESETS['b32']
+    text, _ = ours.batch(CAPTIONS, 76)
+    found = np.exp(params['log_scale']) * (
+        clip.embed_image(params, config, images) @ clip.embed_text(params, config, text).T)
+    print('ViT-B/32: logits', float(np.abs(found - expected).max()), 'of', float(np.ptp(expected)))
+
+    # -- the dVAE ----------------------------------------------------------------------------
+    from dall_e import map_pixels
+    from dall_e.decoder import Decoder
+    from dall_e.encoder import Encoder
+
+    networks = Encoder(), Decoder()
+    images = torch.tensor(images[:2, :64, :64])
+    with torch.no_grad():
+        logits = networks[0](map_pixels(images.permute(0, 3, 1, 2).float() / 255))
+        codes = logits.argmax(1)
+        maps = networks[1](torch.nn.functional.one_hot(codes, 8192).permute(0, 3, 1, 2).float())
+    config, params = to_dvae.from_published(
+        *({name: value.numpy() for name, value in network.state_dict().items()}
+          for network in networks))
+    assert config == dvae.Config()
+    found = dvae._encoder(config).apply({'params': params['encoder']},
+                                        dvae.map_pixels(images.numpy()))[1]
+    print('dVAE: logits', float(np.abs(found - logits.permute(0, 2, 3, 1).numpy()).max()), 'of',
+          float(logits.max() - logits.min()))
+    found = dvae.decode_embedded(params, config, dvae.lookup(params, codes.numpy()), np.float32)
+    print('dVAE: maps', float(np.abs(found - maps.permute(0, 2, 3, 1).numpy()).max()), 'of',
+          float(maps.max() - maps.min()))
+
+
 if __name__ == '__main__':
+    if sys.argv[1:] == ['full']:
+        sys.exit(full())
     FIXTURES.mkdir(exist_ok=True)
     clip_fixtures(text_fixtures())
     image_fixtures()
