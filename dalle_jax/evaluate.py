@@ -65,12 +65,14 @@ def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with runs.take(out, '--workdir'):
         _check_workdir(out, options, made_with)
-        results, chosen = {}, {}
-        for split, real in data.items():
-            pairs = real.choose(out / f'captions_{split}.json')
-            chosen[split] = {'captions': len(pairs.ids), 'hash': pairs.hash,
-                             'file': f'captions_{split}.json', 'left_out': pairs.left_out_count}
-            results[split] = _split(options, out, split, real, pairs, model, judge, network, given)
+        pairs = {split: real.choose(out / f'captions_{split}.json') for split, real in data.items()}
+        for split, of_split in pairs.items():
+            _check_count(network, split, min(len(given or of_split.ids), len(of_split.ids)))
+        results = {split: _split(options, out, split, data[split], pairs[split], model, judge,
+                                 network, given) for split in data}
+        chosen = {split: {'captions': len(found.ids), 'hash': found.hash,
+                          'file': f'captions_{split}.json', 'left_out': found.left_out_count}
+                  for split, found in pairs.items()}
         if options.source == 'scenes' and options.reconstructions:
             results['tokenizer'] = scenes.tokenizer(model, options.reconstructions,
                                                     options.lookup_images, options.seed, out)
@@ -81,6 +83,13 @@ def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
         write_report(out, out / 'report.html')
     say(f'wrote {out}/result.json and {out}/report.html')
     return result
+
+
+def _check_count(network, split, count):
+    if network and count <= network.size:
+        raise ValueError(f'{split}: FID with the {network.size} features of {network.name} needs '
+                         f'at least {network.size + 1} images, and there are {count}; take more '
+                         "captions or images, or leave it out with --config.features=''")
 
 
 def _split(options, out, split, real, pairs, model, judge, network, given):

@@ -198,11 +198,13 @@ class Network(NamedTuple):
     Attributes:
       name: 'inception', or 'words', a network of our own whose numbers are not those of others.
       of: uint8 images [B, H, W, 3] -> features float32 [B, D], logits float32 [B, C].
+      size: D.
       fingerprint: of its parameters.
     """
 
     name: str
     of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    size: int
     fingerprint: str
 
 
@@ -233,7 +235,7 @@ def open_network(path: str, resize: str, batch: int, mesh: str) -> Network | Non
 
         name, params = 'words', run.params
         network = features.Features(params, run.config, batch, constrain)
-        names = 'features', 'logits'
+        names, size = ('features', 'logits'), run.config.features
     else:
         from dalle_jax.interop import files
         from dalle_jax.metrics import inception
@@ -241,9 +243,9 @@ def open_network(path: str, resize: str, batch: int, mesh: str) -> Network | Non
         name, params = 'inception', jax.device_put(
             inception.from_published(files.read(path)), place)
         network = inception.Features(params, resize=resize, batch=batch, constrain=constrain)
-        names = network.names
+        names, size = network.names, 2048
 
     def of(images):
         found = network.of(images)
         return tuple(found[key] for key in names)
-    return Network(name, of, runs.fingerprint(params))
+    return Network(name, of, size, runs.fingerprint(params))

@@ -1,7 +1,7 @@
 """Gaussian blur of images, by which Ramesh et al. 2021 (sec. 3.1) compare what a dVAE can draw.
 
-A discrete VAE drops the finest detail, so FID and IS are also measured after real images and samples
-alike have been blurred. The radius is the standard deviation in pixels.
+A discrete VAE drops the finest detail, so FID and IS are also measured after real images and
+samples alike have been blurred. The radius is the standard deviation in pixels.
 """
 
 import functools
