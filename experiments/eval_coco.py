@@ -6,7 +6,7 @@
 
 30,000 captions of the validation set, 512 candidates of each, which CLIP reranks; FID and IS after
 blurs of radius 0, 1, 2, 4 and 8, and for the best of 1 to 512. With --config.images=DIR in place
-of --config.run the images in a folder or .npz are judged. The paper reads 28.4 of FID and 17.9 of IS
+of --config.run the images in a folder or .npz are judged. The paper has FID 28.4 and IS 17.9
 at radius 0; --config.exclude=FILE leaves out images that were trained on (its dashed lines).
 
 Drawing 15 million images is the work: one candidate of each caption (--config.candidates=1
