@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'plan', 'convert',
-         'benchmark')
+         'export', 'benchmark')
 
 
 def main():

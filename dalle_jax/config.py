@@ -231,14 +231,15 @@ def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
 
 def flat(experiment: Experiment) -> dict[str, Any]:
     """Dotted keys -> values for JSON."""
-    return _flatten(json.loads(to_json(experiment)))
+    return flatten(json.loads(to_json(experiment)))
 
 
-def _flatten(tree, prefix=''):
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Dotted keys -> values, of nested dicts."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f'{prefix}{key}.')
+            flat |= flatten(value, f'{prefix}{key}.')
         else:
             flat[prefix + key] = value
     return flat

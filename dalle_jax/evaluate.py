@@ -76,13 +76,14 @@ def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
         if options.source == 'scenes' and options.reconstructions:
             results['tokenizer'] = scenes.tokenizer(model, options.reconstructions,
                                                     options.lookup_images, options.seed, out)
-        result = {'results': results, 'settings': dataclasses.asdict(options), 'mesh': mesh,
-                  'captions': chosen, **made_with}
+        written = json.dumps({
+            'results': results, 'settings': dataclasses.asdict(options), 'mesh': mesh,
+            'captions': chosen, **made_with}, indent=2)
         _write_seconds(out, time.monotonic() - started)
-        runs.write_atomic(out / 'result.json', json.dumps(result, indent=2))
+        runs.write_atomic(out / 'result.json', written)
         write_report(out, out / 'report.html')
     say(f'wrote {out}/result.json and {out}/report.html')
-    return result
+    return json.loads(written)
 
 
 def _check_count(network, split, count):
@@ -272,7 +273,7 @@ def reproduce(path: str | Path, workdir: str | Path) -> list[str]:
     for key in ('weights', 'software', 'device', 'captions'):
         if old[key] != new[key]:
             say(f'NOT the same: {key} were {json.dumps(old[key])} and are {json.dumps(new[key])}')
-    before, after = (config_lib._flatten(json.loads(json.dumps(r['results']))) for r in (old, new))
+    before, after = (config_lib.flatten(r['results']) for r in (old, new))
     return [f'{key}: {before.get(key)} -> {after.get(key)}' for key in before | after
             if before.get(key) != after.get(key)]
 

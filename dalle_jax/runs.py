@@ -188,14 +188,44 @@ def load(path: str | Path, place: Callable[[Any, Any], Any] | None = None) -> Lo
     module = config_lib.model_module(experiment.model)
     # Before reading, whose errors are taken for those of a damaged checkpoint.
     shardings = place(module, experiment.arch) if place else None
-    step, params = restore_params(path / 'checkpoints', shardings)
+    if (path / 'model.safetensors').exists():
+        step, params = _read_exported(path, module, experiment.arch, shardings)
+    else:
+        step, params = restore_params(path / 'checkpoints', shardings)
     return Loaded(path, experiment, module, experiment.arch, params, step, load_tokenizer(path))
 
 
+def _read_exported(path, module, config, shardings):
+    """(step, parameters) of what `export` wrote."""
+    import jax
+
+    from dalle_jax.interop import files
+    from dalle_jax.training.partition import named_leaves
+
+    file = path / 'model.safetensors'
+    arrays = files.read(file)
+    shapes = jax.eval_shape(lambda: module.init(config, jax.random.key(0))[0])
+    expected = {name: leaf.shape for name, leaf in named_leaves(shapes)}
+    found = {name: array.shape for name, array in arrays.items()}
+    if wrong := sorted(n for n in expected | found if expected.get(n) != found.get(n)):
+        raise RunError(f'{file} and config.json beside it are of different models: {len(wrong)} '
+                       f'arrays differ, the first is {wrong[0]}: {found.get(wrong[0])} instead of '
+                       f'{expected.get(wrong[0])}')
+    leaves = [arrays[name] for name, _ in named_leaves(shapes)]
+    params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    if shardings is not None:
+        params = jax.device_put(params, jax.tree.broadcast(shardings, params))
+    return json.loads((path / 'done.json').read_text())['step'], params
+
+
 def named_by(path: str | Path, run: str | Path) -> Path:
-    """Where a run that `run` names by `path` is: there, or, if both were moved, beside `run`."""
+    """Where a run that `run` names by `path` is: there, or, if both were moved, beside `run`.
+
+    An exported run names another by its bare name, which is the one beside it.
+    """
     beside = Path(run).resolve().parent / Path(path).name
-    return beside if not Path(path).exists() and beside.exists() else Path(path)
+    bare = str(path) == Path(path).name
+    return beside if beside.exists() and (bare or not Path(path).exists()) else Path(path)
 
 
 def take(path: Path, flag: str) -> IO:

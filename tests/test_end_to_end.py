@@ -10,7 +10,7 @@ from PIL import Image
 
 import dalle_jax
 from dalle_jax import config as config_lib
-from dalle_jax import evaluate, generate, runs, sample, train
+from dalle_jax import evaluate, export, generate, runs, sample, train
 from dalle_jax.data.scenes import SceneConfig, Scenes
 from dalle_jax.evaluation import scenes_page
 from dalle_jax.training.checkpoint import CheckpointError
@@ -234,3 +234,48 @@ def test_a_damaged_run_is_refused_by_name(trained, tmp_path):
     shutil.rmtree(tmp_path / 'dvae' / 'checkpoints')
     with pytest.raises(CheckpointError, match='there are no checkpoints'):
         dalle_jax.load(tmp_path / 'dvae')
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def exported(trained, tmp_path_factory):
+    """A DALL-E run with its image tokenizer and a CLIP run, exported and then moved."""
+    root = tmp_path_factory.mktemp('exported')
+    export.run(trained / 'dalle', root / 'first')
+    export.run(trained / 'clip', root / 'first')
+    return (root / 'first').rename(root / 'moved')
+
+
+def test_an_exported_run_draws_the_same_images(trained, exported, model):
+    assert sorted(p.name for p in exported.iterdir()) == ['clip', 'dalle', 'dvae']
+    again = dalle_jax.load(exported / 'dalle', clip=exported / 'clip')
+    assert again.image_run.path == exported.resolve() / 'dvae'
+    assert again.fingerprints == model.fingerprints
+    for a, b in zip(model.sample(CAPTIONS, n=2, seed=3), again.sample(CAPTIONS, n=2, seed=3)):
+        np.testing.assert_array_equal(a.images, b.images)
+        np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def test_a_card_tells_what_it_is(exported):
+    card = (exported / 'dalle' / 'README.md').read_text()
+    parameters = json.loads((exported / 'dalle' / 'done.json').read_text())['parameters']
+    assert f'`dalle` of {parameters:,} parameters' in card and '`../dvae`' in card
+    assert '| width | 32 |' in card and 'step 20' in card
+
+
+def test_exports_that_cannot_be(trained, exported, tmp_path):
+    with pytest.raises(runs.RunError, match='dvae exists; remove it or give another --out'):
+        export.run(trained / 'dvae', exported)
+    with pytest.raises(runs.RunError, match='nowhere is not a run'):
+        export.run(trained / 'nowhere', tmp_path)
+    copy = tmp_path / 'copy'
+    shutil.copytree(exported, copy)
+    weights = copy / 'dalle' / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match='model.safetensors'):
+        dalle_jax.load(copy / 'dalle')
+    shutil.copyfile(copy / 'dvae' / 'model.safetensors', weights)
+    with pytest.raises(runs.RunError, match='of different models: .* arrays differ, the first is'):
+        dalle_jax.load(copy / 'dalle')

@@ -8,7 +8,9 @@ import io
 import math
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -59,6 +61,14 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     except DAMAGED as error:
         raise ValueError(f'{path}: {error or type(error).__name__}') from error
     raise ValueError(f'{path}: not a file of weights: it begins with {start[:8]!r}; {FORMATS}')
+
+
+def write(path: str | Path, arrays: Mapping[str, Any], notes: Mapping[str, str]) -> None:
+    """Writes arrays and notes as .safetensors."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.asarray(array, order='C') for name, array in arrays.items()}, path,
+              dict(notes))
 
 
 def _read_safetensors(path):

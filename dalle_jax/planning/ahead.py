@@ -97,7 +97,7 @@ def summed_whole(found: list[Collective], task: Task, abstract: State) -> list[s
     an operand's dtype and shape or, where none has that shape, by how many numbers it has.
     """
     shapes, of_layers = {}, network.HLO_TYPES[jnp.dtype(task.dtype).name]
-    for name, leaf in memory.named(abstract.params):
+    for name, leaf in partition.named_leaves(abstract.params):
         spec = tuple(leaf.sharding.spec)
         if leaf.ndim >= 2 and 'fsdp' in str(spec):
             part = list(leaf.sharding.shard_shape(leaf.shape))

@@ -18,7 +18,7 @@ from dalle_jax.planning.hardware import Chip
 from dalle_jax.training import partition, precision, step as step_lib
 from dalle_jax.training.gradients import LAYERS, rounded as rounding
 from dalle_jax.training.optimizer import matches
-from dalle_jax.training.partition import path_name
+from dalle_jax.training.partition import named_leaves
 from dalle_jax.training.step import State, Task
 
 LANES = 128  # of a TPU: rows of an array take up a multiple of so many numbers
@@ -85,7 +85,7 @@ def estimate(task: Task, abstract: State, chip: Chip) -> Memory:
     copies = sum(held(new) for new, old in zip(*map(jax.tree.leaves, (rounded, state.params)))
                  if new.dtype != old.dtype)
     if task.microbatches > 1:  # tables are gathered once
-        copies += sum(leaf.size * leaf.dtype.itemsize for name, leaf in named(state.params)
+        copies += sum(leaf.size * leaf.dtype.itemsize for name, leaf in named_leaves(state.params)
                       if not matches(LAYERS, name) and _is_divided(leaf))
     kept, scanned = activations(task, chip)
     times = [Memory(*known, total, kept, copies + _logits(task)),
@@ -106,12 +106,6 @@ def held(tree: Any, dtype: Any = None) -> int:
     """Bytes of a tree of ShapeDtypeStructs on one device, all in `dtype` if one is given."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * jnp.dtype(dtype or a.dtype).itemsize
                for a in jax.tree.leaves(tree))
-
-
-def named(params: Any) -> list[tuple[str, Any]]:
-    """Paths and leaves."""
-    return [(path_name(path), leaf) for path, leaf in
-            jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
 def stacks(config: Any) -> list[tuple[transformer.BlockConfig, int]]:
@@ -197,7 +191,7 @@ def _logits(task):
 def _layer(task, params, chip):
     """Bytes that the backward pass of one layer needs."""
     found, mesh, local = stacks(task.config), task.partition.mesh.shape, local_examples(task)
-    weights = sum(leaf.size for name, leaf in named(params)
+    weights = sum(leaf.size for name, leaf in named_leaves(params)
                   if 'tail/0/' in name and matches(LAYERS, name))
     states = max((states for _, states in found), default=0)
     rule = chip.platform

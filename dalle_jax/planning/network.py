@@ -11,11 +11,11 @@ import numpy as np
 from dalle_jax.models import losses
 from dalle_jax.planning.collectives import Collective
 from dalle_jax.planning.hardware import Topology
-from dalle_jax.planning.memory import local_examples, named, stacks
+from dalle_jax.planning.memory import local_examples, stacks
 from dalle_jax.training import compression
 from dalle_jax.training.gradients import LAYERS
 from dalle_jax.training.optimizer import matches
-from dalle_jax.training.partition import DATA, path_name
+from dalle_jax.training.partition import DATA, named_leaves, path_name
 from dalle_jax.training.step import State, Task, shardings
 
 USED = 0.8  # share of a link's bandwidth that large transfers get
@@ -93,7 +93,7 @@ def _sent(task: Task, abstract: State) -> Iterator[tuple]:
     remat = getattr(config, 'remat', 'none')
     logical = {path_name(path): axes for path, axes in jax.tree_util.tree_flatten_with_path(
         task.model.axes(config), is_leaf=lambda x: isinstance(x, tuple))[0]}
-    for name, leaf in named(abstract.params):
+    for name, leaf in named_leaves(abstract.params):
         layers = leaf.shape[0] if logical[name][:1] == ('layers',) else 1
         part = math.prod(leaf.sharding.shard_shape(leaf.shape)) // layers
         used, of_replicas = task.dtype if matches(LAYERS, name) else jnp.float32, ('replica',)

@@ -97,6 +97,12 @@ def path_name(path: Any) -> str:
                     for entry in path)
 
 
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Names as of `path_name`, and leaves."""
+    return [(path_name(path), leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Builds the mesh over all devices.
 
