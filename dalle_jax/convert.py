@@ -6,6 +6,7 @@ trained here. The files are read without PyTorch, and nothing in them is execute
     --kind clip --weights ViT-B-32.pt --tokenizer bpe_simple_vocab_16e6.txt.gz --out runs/clip-b32
     --kind clip --weights model.safetensors --tokenizer merges.txt --out runs/clip-b32
     --kind dvae --encoder encoder.pkl --decoder decoder.pkl --out runs/openai-dvae
+    --kind vqgan --weights last.ckpt --out runs/vqgan-f16
 """
 
 import hashlib
@@ -21,14 +22,14 @@ from absl import app, flags
 
 from dalle_jax import runs
 
-FILES = {'clip': ('weights', 'tokenizer'), 'dvae': ('encoder', 'decoder')}
+FILES = {'clip': ('weights', 'tokenizer'), 'dvae': ('encoder', 'decoder'), 'vqgan': ('weights',)}
 
 
 def run(kind: str, files: Mapping[str, str], out: str) -> dict[str, Any] | None:
     """Converts files of weights into the directory of a finished run.
 
     Args:
-      kind: 'clip' or 'dvae'.
+      kind: a key of FILES.
       files: role -> path, of the roles FILES[kind].
       out: the run's directory; created.
 
@@ -41,7 +42,7 @@ def run(kind: str, files: Mapping[str, str], out: str) -> dict[str, Any] | None:
     """
     started = time.monotonic()
     runs.start_jax()
-    config, params, tokenizer = _clip(**files) if kind == 'clip' else _dvae(**files)
+    config, params, tokenizer = {'clip': _clip, 'dvae': _dvae, 'vqgan': _vqgan}[kind](**files)
     sources = {role: {'file': str(path), 'sha256': _sha256(path)} for role, path in files.items()}
     log = runs.Run(out, _experiment(kind, config, files), started)
     try:
@@ -94,10 +95,21 @@ def _clip(weights, tokenizer):
 def _dvae(encoder, decoder):
     from dalle_jax.interop import dvae, files
 
+    arrays = files.read(encoder), files.read(decoder)
     try:
-        return *dvae.from_published(files.read(encoder), files.read(decoder)), None
+        return *dvae.from_published(*arrays), None
     except ValueError as error:
         raise ValueError(f'{encoder}, {decoder}: {error}') from error
+
+
+def _vqgan(weights):
+    from dalle_jax.interop import files, vqgan
+
+    arrays = files.read(weights)
+    try:
+        return *vqgan.from_published(arrays), None
+    except ValueError as error:
+        raise ValueError(f'{weights}: {error}') from error
 
 
 def _experiment(kind, config, files):
@@ -123,8 +135,8 @@ def main(argv):
     wanted = FILES[FLAGS.kind]
     files = {role: getattr(FLAGS, role) for role in sum(FILES.values(), ()) if getattr(FLAGS, role)}
     if set(files) != set(wanted):
-        raise app.UsageError(f'--kind {FLAGS.kind} needs --{wanted[0]} and --{wanted[1]}, and not '
-                             'the others')
+        raise app.UsageError(f'--kind {FLAGS.kind} needs --{" and --".join(wanted)}, and not the '
+                             'others')
     run(FLAGS.kind, files, FLAGS.out)
 
 
@@ -132,7 +144,8 @@ if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_enum('kind', None, [*FILES], 'What the weights are.', required=True)
     flags.DEFINE_string('weights', '', "A CLIP's, in OpenAI's archive (.pt) or as transformers "
-                        'stores them (model.safetensors, pytorch_model.bin).')
+                        'stores them (model.safetensors, pytorch_model.bin); or a VQGAN checkpoint '
+                        'of taming-transformers.')
     flags.DEFINE_string('tokenizer', '', 'Its merges: bpe_simple_vocab_16e6.txt.gz or merges.txt.')
     flags.DEFINE_string('encoder', '', "encoder.pkl of OpenAI's dVAE.")
     flags.DEFINE_string('decoder', '', 'decoder.pkl of it.')

@@ -112,8 +112,11 @@ def make_task(experiment: config_lib.Experiment, mesh: Mesh, dtype: Any = None) 
       dtype: of matrix products; None: by experiment.precision and this machine.
 
     Raises:
-      ValueError: the mesh cannot split the batch.
+      ValueError: the mesh cannot split the batch, or the model is not one that is trained here.
     """
+    if not hasattr(config_lib.model_module(experiment.model), 'loss'):
+        raise ValueError(f'a {experiment.model} is used with published weights (see convert), and '
+                         'not trained by this library: it has no loss')
     data, loop = experiment.data, experiment.loop
     partition.check_batch(mesh, data.batch_size, loop.microbatches)
     return Task(config_lib.model_module(experiment.model), experiment.arch, experiment.optimizer,

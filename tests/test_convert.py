@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import dalle_jax
-from dalle_jax import convert, runs
+from dalle_jax import convert, runs, train
 from dalle_jax.data.clip_text import ClipTokenizer
 from dalle_jax.interop import clip as interop
+from tests.interop.random_weights import random_weights
 
 FIXTURES = Path(__file__).parent / 'interop' / 'fixtures'
 CLIP = {'weights': str(FIXTURES / 'clip_huggingface.safetensors'),
@@ -50,6 +51,21 @@ def test_a_dvae_encodes_as_the_released_code(converted):
     ids = model.encode(small)
     assert ids.shape == (3, 32, 32) and model.image_run.config.image_size == 256
     assert np.array_equal(model.decode(ids), model.decode(model.encode(small)))
+
+
+def test_a_vqgan_is_used_and_not_trained(tmp_path):
+    stored = np.load(FIXTURES / 'vqgan.npz')
+    np.savez(tmp_path / 'last.npz', **{
+        f'state_dict.{name}': random_weights(name, shape)
+        for name, shape in json.loads(str(stored['nearest_names'])).items()})
+    convert.run('vqgan', {'weights': str(tmp_path / 'last.npz')}, tmp_path / 'vqgan')
+    model = dalle_jax.load(tmp_path / 'vqgan')
+    images = np.tile(stored['images'][:, :16, :16], (1, 16, 16, 1))
+    ids = model.encode(images)
+    assert ids.shape == (2, 64, 64) and len(np.unique(ids)) > 5
+    assert model.decode(ids[:, :4, :4]).shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match='a vqgan is used with published weights'):
+        train.run(model.run.experiment, tmp_path / 'train')
 
 
 def test_the_same_command_again(converted, capsys):

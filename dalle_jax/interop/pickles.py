@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 # Classes whose instances are kept as inert objects. None of them is looked up or run.
-INERT = ('__torch__.', 'torch.nn.modules.', 'dall_e.')
+INERT = ('__torch__.', 'torch.nn.modules.', 'dall_e.', 'pytorch_lightning.')
 
 # What may be called with arguments that are data, beside tensors (see _Machine.call).
 FUNCTIONS = {

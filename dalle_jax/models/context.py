@@ -10,8 +10,9 @@ A model is a module of this package that exports
     loss(params, model_state, batch, ctx) -> terms, metrics, model_state
     snapshot(params, model_state, batch, ctx) -> arrays for the report
 
-and nothing else is needed to train it: there is no base class and no registry. One that can be
-trained in float16 also exports
+and nothing else is needed to train it: there is no base class and no registry. One that is only
+used, with published weights, has neither flops nor loss nor snapshot. One that can be trained in
+float16 also exports
 
     branches(config) -> tree of shapes                   of the resblocks' gradient scales, at the
                                                          places of the branches in params

@@ -1,9 +1,10 @@
 """Makes the fixtures of tests/interop with the released code: python -m tests.interop.parity
 
 Needs `pip install -e '.[parity]'`: PyTorch, transformers, and the authors' packages of CLIP and of
-DALL-E's dVAE. All weights are random and all sizes tiny; names, formats and arithmetic are theirs.
-`python -m tests.interop.parity full` makes none, but compares models of the released sizes, and the
-whole released list of merges: 4 GB of memory, a minute.
+DALL-E's dVAE; and, for VQGAN, `pip install --no-deps taming-transformers-rom1504`. All weights are
+random and all sizes tiny; names, formats and arithmetic are theirs. `python -m tests.interop.parity
+full` makes none, but compares models of the released sizes, and the whole released list of merges:
+4 GB of memory, a minute.
 """
 
 import collections
@@ -20,6 +21,8 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
+
+from tests.interop.random_weights import random_weights
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 
@@ -38,7 +41,8 @@ CAPTIONS = [
     'unseen zyx words; (brackets)?!', 'caf\u00e9 na\u00efve \u00fcber', '\u732b\u3068\u72ac 42',
     '\U0001f600 smile', '&amp; tom &amp;amp; jerry &lt;b&gt;', 'a<|endoftext|>b', '_under_score__',
     '\u0660\u0661\u0662 \u00bd \u2167', 'e\u0301 and \u00e9', 'A\u0130I\u0131 \u1e9e\u00df',
-    '\ufb01ne \u201cquotes\u201d\u2014dash\u2026', 'caf\u00c3\u00a9 mojibake', "it's they've we'll I'M don't",
+    '\ufb01ne \u201cquotes\u201d\u2014dash\u2026', 'caf\u00c3\u00a9 mojibake',
+    "it's they've we'll I'M don't",
 ]
 
 
@@ -267,6 +271,46 @@ def dvae_fixtures():
         maps=maps.permute(0, 2, 3, 1), decoded=decoded.permute(0, 2, 3, 1))
 
 
+def vqgan_fixtures():
+    """Names and shapes of two tiny VQGANs, and what they make of random_weights(name, shape)."""
+    from taming.modules.diffusionmodules.model import Decoder, Encoder
+    from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+
+    images = np.random.default_rng(3).integers(0, 256, (2, 4, 6, 3), np.uint8)
+    images = images.repeat(4, 1).repeat(4, 2)
+    x = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    found = {'images': images}
+    for kind in ('nearest', 'logits'):
+        sizes = dict(ch=32, out_ch=3, ch_mult=(1, 2, 2) if kind == 'nearest' else (1, 2),
+                     num_res_blocks=1, attn_resolutions=[4] if kind == 'nearest' else [8],
+                     in_channels=3, resolution=16, z_channels=12, double_z=False)
+        model = torch.nn.Module()
+        model.encoder, model.decoder = Encoder(**sizes), Decoder(**sizes)
+        width = 8 if kind == 'nearest' else 12  # the released Gumbel model has them alike
+        model.quant_conv = torch.nn.Conv2d(12, width, 1)
+        model.post_quant_conv = torch.nn.Conv2d(width, 12, 1)
+        model.quantize = (VectorQuantizer2(20, width, 0.25) if kind == 'nearest'
+                          else GumbelQuantize(12, width, 20))
+        state = {name: torch.tensor(random_weights(name, value.shape))
+                 for name, value in model.state_dict().items()}
+        model.load_state_dict(state)
+        model.eval()
+        with torch.no_grad():
+            z = model.quant_conv(model.encoder(x))
+            if kind == 'nearest':
+                quantised, _, (_, _, codes) = model.quantize(z)
+                codes = codes.reshape(len(z), *z.shape[2:])
+            else:  # without the noise
+                codes = model.quantize.proj(z).argmax(1)
+                quantised = model.quantize.embed(codes).permute(0, 3, 1, 2)
+            decoded = model.decoder(model.post_quant_conv(quantised))
+        print(kind, len(codes.unique()), 'codes of 20', decoded.std().item())
+        found |= {f'{kind}_names': json.dumps({n: list(v.shape) for n, v in state.items()}),
+                  f'{kind}_latent': z.permute(0, 2, 3, 1), f'{kind}_codes': codes,
+                  f'{kind}_decoded': decoded.permute(0, 2, 3, 1)}
+    np.savez_compressed(FIXTURES / 'vqgan.npz', **found)
+
+
 def file_fixtures():
     """All that a PyTorch file can say about a tensor."""
     base = torch.arange(24.)
@@ -291,7 +335,8 @@ def full():
     from dalle_jax.data.clip_text import ClipTokenizer
     from dalle_jax.interop import clip as to_clip
     from dalle_jax.interop import dvae as to_dvae
-    from dalle_jax.models import clip, dvae
+    from dalle_jax.interop import vqgan as to_vqgan
+    from dalle_jax.models import clip, dvae, vqgan
 
     # -- CLIP, from captions and images to logits --------------------------------------------
     code, simple = released('clip', 'model'), released('clip', 'simple_tokenizer')
@@ -342,6 +387,32 @@ def full():
     print('dVAE: maps', float(np.abs(found - maps.permute(0, 2, 3, 1).numpy()).max()), 'of',
           float(maps.max() - maps.min()))
 
+    # -- VQGAN f16 ---------------------------------------------------------------------------
+    from taming.modules.diffusionmodules.model import Decoder, Encoder
+
+    sizes = dict(ch=128, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
+                 attn_resolutions=[16], in_channels=3, resolution=256, z_channels=256,
+                 double_z=False)
+    network = torch.nn.ModuleDict({
+        'encoder': Encoder(**sizes), 'decoder': Decoder(**sizes),
+        'quant_conv': torch.nn.Conv2d(256, 256, 1),
+        'post_quant_conv': torch.nn.Conv2d(256, 256, 1),
+        'quantize': torch.nn.ModuleDict({'embedding': torch.nn.Embedding(16384, 256)})})
+    config, params = to_vqgan.from_published(
+        {name: value.numpy() for name, value in network.state_dict().items()})
+    assert config == vqgan.Config()
+    with torch.no_grad():
+        z = network['quant_conv'](network['encoder'](images.permute(0, 3, 1, 2) / 127.5 - 1))
+        codes = torch.arange(32).reshape(2, 4, 4)
+        embedded = network['quantize']['embedding'](codes).permute(0, 3, 1, 2)
+        decoded = network['decoder'](network['post_quant_conv'](embedded)).permute(0, 2, 3, 1)
+    found = vqgan.latent(params, config, images.numpy())
+    print('VQGAN: latent', float(np.abs(found - z.permute(0, 2, 3, 1).numpy()).max()), 'of',
+          float(z.max() - z.min()))
+    found = vqgan.decode(params, config, codes.numpy())
+    expected = np.clip((decoded.numpy() + 1) / 2, 0, 1)
+    print('VQGAN: images', float(np.abs(found - expected).max()), 'of', float(np.ptp(expected)))
+
 
 if __name__ == '__main__':
     if sys.argv[1:] == ['full']:
@@ -350,4 +421,5 @@ if __name__ == '__main__':
     clip_fixtures(text_fixtures())
     image_fixtures()
     dvae_fixtures()
+    vqgan_fixtures()
     file_fixtures()

@@ -110,6 +110,17 @@ def test_strides_and_offsets(tmp_path_factory, data, kind, shape, offset):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_what_a_trainer_keeps_beside_its_weights(tmp_path):
+    """Its classes are names, as keys too; what is in lists is no weight."""
+    callback = name('pytorch_lightning.callbacks.model_checkpoint', 'ModelCheckpoint')
+    path = write(tmp_path / 'last.ckpt', mapping(
+        state_dict=mapping(w=ONE), callbacks=b'}' + callback + mapping(best=text('x')) + b's',
+        optimizer_states=b'](' + ONE + b'e'), a=SIX)
+    found = files.read(path)
+    assert found.keys() == {'state_dict.w'}
+    np.testing.assert_array_equal(found['state_dict.w'], SIX.reshape(2, 3))
+
+
 def test_numpy_and_safetensors(tmp_path):
     from safetensors.numpy import save_file
 
