@@ -86,7 +86,8 @@ class EvaluateConfig:
         check('crop', self.crop in ('center', 'none'), "'center' or 'none'")
         check('splits', bool(self.splits) and (not self.images or len(self.splits) == 1),
               'the names of splits; one where images are given')
-        check('captions', self.captions >= 0, 'positive, or 0: all that differ')
+        check('captions', self.captions > 0 or not self.captions and self.source != 'scenes',
+              'positive; or 0, all that differ, where the source is not scenes, which never end')
         check('rerank', all(1 <= n <= self.candidates for n in self.rerank),
               f'numbers from 1 to candidates, which is {self.candidates}')
         check('blur', all(radius >= 0 for radius in self.blur), 'radii from 0 on')
