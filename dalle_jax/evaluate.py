@@ -13,6 +13,7 @@ does all of it again and compares every number, to the last digit.
 import dataclasses
 import json
 import platform
+import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -30,6 +31,7 @@ from dalle_jax.evaluation.config import EvaluateConfig
 from dalle_jax.generate import Model
 from dalle_jax.metrics import quality
 from dalle_jax.runs import say
+from dalle_jax.training.checkpoint import CheckpointError
 
 SHOWN = 24  # images of the report
 SOFTWARE = ('dalle_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'sentencepiece')
@@ -288,8 +290,8 @@ def main(argv):
             run(CONFIG.value, FLAGS.workdir, FLAGS.mesh)
             return 0
         differing = reproduce(FLAGS.reproduce, FLAGS.workdir)
-    except ValueError as error:
-        print(f'evaluate: {error}')
+    except (ValueError, FileNotFoundError, runs.RunError, CheckpointError) as error:
+        print(f'evaluate: {error}', file=sys.stderr)
         return 2
     for line in differing:
         say(line)
