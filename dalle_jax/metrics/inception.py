@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from dalle_jax.metrics import resize as resize_lib
+from dalle_jax.metrics.features import in_batches
 from dalle_jax.models.context import unconstrained
 
 CLASSES = 1008
@@ -362,17 +363,8 @@ class Features:
         Raises:
           ValueError: images of another type or shape, or none.
         """
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-            raise ValueError(f'images are {images.dtype} {list(images.shape)}; give uint8 '
-                             '[B, H, W, 3], at least one')
-        found = []
-        for start in range(0, len(images), self.batch):
-            rows = images[np.minimum(np.arange(start, start + self.batch), len(images) - 1)]
+        def found(rows):
             x = (resize_lib.resize(rows, 'clean') if self.resize == 'clean' else
                  _resized(rows, self.resize, self.constrain))
-            found.append(_features(self.params, x, self.names, self.constrain))
-            # One batch late, so that the device is busy with the next one.
-            found[-2:-1] = jax.device_get(found[-2:-1])
-        found = jax.device_get(found)
-        return {name: np.concatenate([part[name] for part in found])[:len(images)]
-                for name in self.names}
+            return _features(self.params, x, self.names, self.constrain)
+        return in_batches(found, images, self.batch)
