@@ -21,7 +21,7 @@ def get_config(arg=None):
         batch=0)
     scenes = variant == 'scenes'
     size = args.size or (60 if scenes else 64)
-    steps = args.steps or 400
+    steps = args.steps or 600
     arch = words.Config(image_size=size, patch=3 if scenes else 4,
                         text_length=20 if scenes else 32)
     data = dict(batch_size=args.batch or 32, valid_crop='none', workers=1, bpe_dropout=0.0)
