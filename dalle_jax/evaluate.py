@@ -160,6 +160,11 @@ def _quality(options, out, split, real, network, images):
         values[f'best_of_{n}_blur_{radius:g}'] = entry
         say(f'{split}: best of {n}, blur {radius:g}: {name} {entry[name]:.4g}, IS '
             f"{entry.get('inception_score', float('nan')):.4g}")
+    if real.scenes and 0 in of_real:
+        found = measured('others', real.others, 0, True)
+        values['other_scenes'] = quality.compare(found, of_real[0], options.kid_subsets,
+                                                 options.kid_size)
+        values['other_scenes'][name] = values['other_scenes'].pop('fid')
     for radius, found in of_real.items():
         if found and found.inception_score:
             values[f'real_blur_{radius:g}'] = dict(zip(

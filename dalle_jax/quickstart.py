@@ -1,8 +1,8 @@
 """From nothing to pictures: python -m dalle_jax.quickstart [--short] [--workdir DIR]
 
 Runs the ordinary verbs in order on the scenes experiments: trains the dVAE, the BPE and the
-transformer, and the CLIP that ranks candidates; then samples held-out captions, scores them and
-writes report.html and metrics.json. A second call continues where the first was stopped.
+transformer, the CLIP that ranks candidates, and a network whose features stand in for Inception's;
+then samples held-out captions, scores them and writes report.html and metrics.json. A second call continues where the first was stopped.
 """
 
 import json
@@ -17,8 +17,9 @@ from dalle_jax.evaluation import scenes_page
 from dalle_jax.runs import say
 
 # Reduced so that every stage is exercised in about a minute; the pictures are noise.
-SHORT = {'dvae': 'steps=60', 'dalle': 'steps=60', 'clip': 'steps=40'}
-SHORT_EVALUATION = {'captions': 8, 'candidates': 2, 'rerank': (1,), 'reconstructions': 40,
+SHORT = {'dvae': 'steps=60', 'dalle': 'steps=60', 'clip': 'steps=40', 'features': 'steps=20'}
+# FID needs more images than features.
+SHORT_EVALUATION = {'captions': 132, 'splits': ('combos',), 'candidates': 2, 'rerank': (1,), 'reconstructions': 40,
                     'lookup_images': 256}
 
 
@@ -30,7 +31,7 @@ def run(workdir: str, short: bool = False, seed: int = 0) -> dict:
     root = Path(workdir)
     started = time.monotonic()
     seconds = _read(root / 'seconds.json')
-    names = ('dvae', 'dalle', 'clip', 'evaluate')
+    names = ('dvae', 'dalle', 'clip', 'features', 'evaluate')
     for number, name in enumerate(names, start=1):
         say(f'== stage {number} of {len(names)}: {name}')
         begin = time.monotonic()
@@ -38,7 +39,8 @@ def run(workdir: str, short: bool = False, seed: int = 0) -> dict:
             if (root / name / 'result.json').exists():
                 continue
             config = config_lib.load('experiments/evaluate.py:scenes', {
-                'run': str(root / 'dalle'), 'clip': str(root / 'clip'), 'seed': seed,
+                'run': str(root / 'dalle'), 'clip': str(root / 'clip'),
+                'features': str(root / 'features'), 'seed': seed,
                 **(SHORT_EVALUATION if short else {})})
             evaluate.run(config, root / name)
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begin
@@ -61,7 +63,7 @@ def _experiment(name, root, short, seed):
     overrides = {'seed': seed}
     if name == 'dalle':
         overrides['frozen.image'] = str(root / 'dvae')
-    if name == 'clip':
+    if name in ('clip', 'features'):
         overrides['frozen.text'] = str(root / 'dalle')
     return config_lib.load(spec, overrides)
 

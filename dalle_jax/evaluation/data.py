@@ -1,5 +1,6 @@
 """What an evaluation reads: captions with real images, images that are given, a feature network."""
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -63,6 +64,12 @@ class Real:
         runs.write_atomic(path, json.dumps({'hash': self._pairs.hash,
                                             'pairs': self._pairs._asdict()}, indent=1))
         return self._pairs
+
+    def others(self) -> Iterator[np.ndarray]:
+        """As many other images of scenes: what FID and KID are of images that are perfect."""
+        other = dataclasses.replace(self.scenes, seed=self.scenes.seed + 2**40)
+        for begin in range(0, len(other), PARTS):
+            yield other.images(np.arange(begin, min(begin + PARTS, len(other))))
 
     def parts(self) -> Iterator[np.ndarray]:
         """The images of the captions, uint8 [n, S, S, 3], PARTS at a time."""

@@ -74,6 +74,9 @@ def quality(result: Mapping, split: str) -> list[str]:
     rows = [(f'best of {n}' if result['settings']['run'] else 'given', f'{radius:g}',
              entry[name], entry.get('inception_score'), entry.get('kid'))
             for (n, radius), entry in sorted(kept.items())]
+    if 'other_scenes' in found['quality']:
+        entry = found['quality']['other_scenes']
+        rows.append(('other real scenes', '0', entry[name], entry['inception_score'], entry['kid']))
     header = ('', 'blur', TITLES[name], 'IS', 'KID')
     return [report.section('How good and how varied', text, *charts, report.table(rows, header))]
 

@@ -115,9 +115,12 @@ def _samples(workdir, split, config):
 
 
 def _attributes(metrics):
-    rows = [(name, *(_percent(metrics[f'{prefix}_{name}']) for prefix in ('caption', 'pair')))
+    kinds = {prefix: title for prefix, title in (('caption', 'new combinations'),
+                                                 ('pair', 'new pairs'))
+             if f'{prefix}_count' in metrics}
+    rows = [(name, *(_percent(metrics[f'{prefix}_{name}']) for prefix in kinds))
             for name in ATTRIBUTES]
-    return report.table(rows, ('attribute', 'new combinations', 'new pairs'))
+    return report.table(rows, ('attribute', *kinds.values()))
 
 
 def _tokenizer_text(metrics):
