@@ -3,8 +3,8 @@
 import ast
 from pathlib import Path
 
-VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'plan', 'convert',
-         'export', 'benchmark')
+VERBS = ('quickstart', 'train', 'encode', 'sample', 'evaluate', 'vote', 'compare', 'plan',
+         'convert', 'export', 'benchmark')
 
 
 def main():

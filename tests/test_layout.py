@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'dalle_jax'
-VERBS = {'quickstart', 'train', 'encode', 'sample', 'evaluate', 'compare', 'plan', 'benchmark',
-         'convert', 'export', '__main__', 'data.__main__'}
+VERBS = {'quickstart', 'train', 'encode', 'sample', 'evaluate', 'vote', 'compare', 'plan',
+         'benchmark', 'convert', 'export', '__main__', 'data.__main__'}
 HOMES = {
     'orbax': {'training.checkpoint'},
     'ml_collections': {'config'},

@@ -1,7 +1,9 @@
-"""Figure 9 of Ramesh et al. 2021, read off by eye: to half a point of FID and a tenth of IS.
-
-Solid lines, that is with the real images that overlap with the training data.
+"""Figures 7 and 9 of Ramesh et al. 2021, the latter read off by eye: to half a point of FID and a
+tenth of IS, from the solid lines, that is with the real images that overlap with the training data.
 """
+
+# Question -> percent of 1,000 captions of MS-COCO for DALL-E and for DF-GAN, best of five votes.
+HUMAN = {'realism': (90.0, 10.0), 'caption': (93.3, 6.6)}
 
 RADII = (0, 1, 2, 4, 8)
 NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
