@@ -58,21 +58,10 @@ def run(paths: Sequence[str | Path], out: str | Path) -> None:
             raise ValueError(f'{path} is given twice; name every run once')
     if out.is_dir():
         raise ValueError(f'--out={out} is a directory; name the file the page is written to')
-    html = page([_read(path, name) for path, name in zip(paths, distinct_names(paths))])
+    html = page([_read(path, name) for path, name in zip(paths, runs.distinct_names(paths))])
     out.parent.mkdir(parents=True, exist_ok=True)
     report.write(out, html)
     say(f'wrote {out}')
-
-
-def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Of each absolute path as many of its last parts as no other one ends with."""
-    names = []
-    for path in paths:
-        others = [other.parts for other in paths if other != path]
-        count = next(n for n in range(1, len(path.parts) + 1)
-                     if all(other[-n:] != path.parts[-n:] for other in others))
-        names.append(str(Path(*path.parts[-count:])))
-    return names
 
 
 def _read(path, name):

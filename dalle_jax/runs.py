@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -226,6 +226,17 @@ def named_by(path: str | Path, run: str | Path) -> Path:
     beside = Path(run).resolve().parent / Path(path).name
     bare = str(path) == Path(path).name
     return beside if beside.exists() and (bare or not Path(path).exists()) else Path(path)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Of each absolute path as many of its last parts as no other one ends with."""
+    names = []
+    for path in paths:
+        others = [other.parts for other in paths if other != path]
+        count = next(n for n in range(1, len(path.parts) + 1)
+                     if all(other[-n:] != path.parts[-n:] for other in others))
+        names.append(str(Path(*path.parts[-count:])))
+    return names
 
 
 def take(path: Path, flag: str) -> IO:

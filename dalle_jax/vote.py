@@ -9,6 +9,7 @@ counts what the judges have sent: majorities as in fig. 7 of Ramesh et al. 2021.
 """
 
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from absl import app, flags
 
 from dalle_jax import plots, report
 from dalle_jax.evaluation import paper
-from dalle_jax.runs import say, write_atomic
+from dalle_jax.runs import distinct_names, say, write_atomic
 from dalle_jax.vote_count import (
     FAST, FEWEST, FULL, LOW, OUTCOMES, Key, count, read_key, read_votes)
 from dalle_jax.vote_page import QUESTIONS, Comparison, content_hash, page
@@ -65,7 +66,8 @@ def make(directories: Sequence[str | Path], out: str | Path, seed: int = 0, limi
         name = f'{number:04}'
         comparisons.append(Comparison(name, caption, *images[::1 if left == 'first' else -1]))
         entries[name] = {'caption': caption, 'left': left, 'files': list(map(str, files))}
-    key = Key(content_hash(comparisons), tuple(map(str, directories)), entries)
+    names = distinct_names([Path(os.path.abspath(path)) for path in directories])
+    key = Key(content_hash(comparisons), tuple(names), entries)
     key_file = out.with_suffix('.key.json')
     if key_file.exists() and read_key(key_file).page != key.page:
         raise ValueError(f'{key_file} is the key of another page, whose votes could not be counted '
@@ -74,8 +76,8 @@ def make(directories: Sequence[str | Path], out: str | Path, seed: int = 0, limi
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(key_file, json.dumps(key._asdict(), indent=2))
     report.write(out, html)
-    say(f'wrote {out}, {len(comparisons)} comparisons, {plots.number(len(html) / 1e6)} MB; it goes to the '
-        f'judges, and {key_file} stays here')
+    say(f'wrote {out}, {len(comparisons)} comparisons, {plots.number(len(html) / 1e6)} MB; it goes '
+        f'to the judges, and {key_file} stays here')
     if len(html) > LARGE:
         say(f'the page is larger than {LARGE / 1e6:.0f} MB, which may be too much for a phone; '
             '--limit makes it smaller')
@@ -134,8 +136,8 @@ def tell(files: Sequence[str | Path], key: str | Path, exclude: Sequence[str], o
         replaced. All before anything is written.
     """
     out = Path(out)
-    values = out.with_suffix('.json')
-    if out.suffix != '.html' or values.resolve() in [Path(file).resolve() for file in (*files, key)]:
+    values, given = out.with_suffix('.json'), [Path(file).resolve() for file in (*files, key)]
+    if out.suffix != '.html' or values.resolve() in given:
         raise ValueError(f'--out={out}: give the name of a new .html file; {values} is written, '
                          'too')
     known = read_key(key)

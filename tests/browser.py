@@ -1,8 +1,8 @@
 """A headless Chromium, driven over its pipe: real keys, clicks, reloads and downloads."""
 
-import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -16,15 +16,16 @@ KEYS = {'ArrowLeft': 37, 'ArrowRight': 39, 'ArrowDown': 40, 'Backspace': 8, 'Ent
 class Browser:
     """One window. What the page writes to its console as an error is in `errors`."""
 
-    def __init__(self, folder: Path, width: int = 1100, height: int = 850, dark: bool = False):
+    def __init__(self, folder: Path, width: int = 1100, height: int = 850):
         """Downloads and the profile go to `folder`."""
         self.errors, self._count = [], 0
         read, self._write = os.pipe()
         self._read, write = os.pipe()
         # The browser reads commands from descriptor 3 and answers on 4.
         self._process = subprocess.Popen(
-            ['bash', '-c', f'exec "$@" 3<&{read} 4>&{write}', 'bash', CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars',
-             '--disable-dev-shm-usage', '--remote-debugging-pipe',
+            ['bash', '-c', f'exec "$@" 3<&{read} 4>&{write}', 'bash', CHROMIUM, '--headless',
+             '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--disable-dev-shm-usage',
+             '--remote-debugging-pipe',
              f'--user-data-dir={folder / "profile"}', 'about:blank'],
             pass_fds=(read, write), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         os.close(read)
@@ -38,13 +39,11 @@ class Browser:
         for domain in ('Page', 'Runtime', 'Log'):
             self._send(f'{domain}.enable')
         self._send('Browser.setDownloadBehavior', behavior='allow', downloadPath=str(folder))
-        self.resize(width, height, dark)
+        self.resize(width, height)
 
-    def resize(self, width: int, height: int, dark: bool = False) -> None:
+    def resize(self, width: int, height: int) -> None:
         self._send('Emulation.setDeviceMetricsOverride', width=width, height=height,
                    deviceScaleFactor=1, mobile=width < 600)
-        self._send('Emulation.setEmulatedMedia', features=[
-            {'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'}])
 
     def _send(self, method, **params):
         self._count += 1
@@ -60,8 +59,9 @@ class Browser:
 
     def _receive(self):
         while b'\0' not in self._rest:
-            data = os.read(self._read, 1 << 20)
-            assert data, 'the browser has ended'
+            ready = select.select([self._read], [], [], 60)[0]
+            data = os.read(self._read, 1 << 20) if ready else b''
+            assert data, 'the browser has ended, or hangs'
             self._rest += data
         line, self._rest = self._rest.split(b'\0', 1)
         message = json.loads(line)
@@ -108,10 +108,6 @@ class Browser:
         for kind in ('mousePressed', 'mouseReleased'):
             self._send('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left',
                        clickCount=1)
-
-    def screenshot(self, file: Path, whole: bool = False) -> None:
-        found = self._send('Page.captureScreenshot', captureBeyondViewport=whole)
-        file.write_bytes(base64.b64decode(found['data']))
 
     def close(self) -> None:
         self._process.terminate()

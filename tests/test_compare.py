@@ -171,7 +171,7 @@ def test_names_are_text(tmp_path, experiment):
 @given(st.lists(st.lists(st.sampled_from('ab'), min_size=1, max_size=4).map(
     lambda parts: Path('/', *parts)), min_size=2, max_size=6, unique=True))
 def test_names_are_the_shortest_ends_that_no_other_path_has(paths):
-    names = compare.distinct_names(paths)
+    names = runs.distinct_names(paths)
     assert len(set(names)) == len(paths)
     for path, name in zip(paths, names):
         parts, ending = path.parts, Path(name).parts
@@ -185,7 +185,7 @@ def test_names_are_the_shortest_ends_that_no_other_path_has(paths):
 
 def test_names_of_runs_in_like_directories():
     paths = [Path('/x/one/dalle'), Path('/x/two/dalle'), Path('/x/clip')]
-    assert compare.distinct_names(paths) == ['one/dalle', 'two/dalle', 'clip']
+    assert runs.distinct_names(paths) == ['one/dalle', 'two/dalle', 'clip']
 
 
 @pytest.mark.parametrize('value, first, told', [
