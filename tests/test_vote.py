@@ -41,7 +41,7 @@ def samples(path, captions, seed, secret='secret', keep=2):
         for rank in range(keep):
             file = f'{i:05}-{rank:03}.png'
             image = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(image).save(path / file, pnginfo=about)
+            Image.fromarray(image).save(path / file, pnginfo=about, icc_profile=secret.encode())
             lines.append(json.dumps({'file': file, 'caption': caption, 'rank': rank}))
     (path / 'samples.jsonl').write_text('\n'.join(lines) + '\n')
     return path
