@@ -11,6 +11,7 @@ counts what the judges have sent: majorities as in fig. 7 of Ramesh et al. 2021.
 import json
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -296,7 +297,9 @@ def main(argv):
         else:
             tell([FLAGS.count, *argv[1:]], FLAGS.key, FLAGS.exclude, FLAGS.out)
     except ValueError as error:
-        raise app.UsageError(str(error)) from error
+        print(f'vote: {error}', file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == '__main__':

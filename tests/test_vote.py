@@ -472,6 +472,8 @@ def test_the_commands(drawn, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith('wrote votes.html and votes.json\n')
     assert json.loads((tmp_path / 'votes.json').read_text())['excluded'] == ['B']
+    done = run([*command, '--count', 'votes-A.json'])
+    assert done.returncode == 2 and done.stderr.startswith('vote: --count needs --key')
 
 
 # -- a judge at the page --------------------------------------------------------------------------
