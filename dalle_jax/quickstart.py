@@ -2,7 +2,8 @@
 
 Runs the ordinary verbs in order on the scenes experiments: trains the dVAE, the BPE and the
 transformer, the CLIP that ranks candidates, and a network whose features stand in for Inception's;
-then samples held-out captions, scores them and writes report.html and metrics.json. A second call continues where the first was stopped.
+then samples held-out captions, scores them and writes report.html and metrics.json. A second call
+continues where the first was stopped.
 """
 
 import json
