@@ -20,8 +20,8 @@ from dalle_jax.runs import say
 # Reduced so that every stage is exercised in about a minute; the pictures are noise.
 SHORT = {'dvae': 'steps=60', 'dalle': 'steps=60', 'clip': 'steps=40', 'features': 'steps=20'}
 # FID needs more images than features.
-SHORT_EVALUATION = {'captions': 132, 'splits': ('combos',), 'candidates': 2, 'rerank': (1,), 'reconstructions': 40,
-                    'lookup_images': 256}
+SHORT_EVALUATION = {'captions': 132, 'splits': ('combos',), 'candidates': 2, 'rerank': (1,),
+                    'reconstructions': 40, 'lookup_images': 256}
 
 
 def run(workdir: str, short: bool = False, seed: int = 0) -> dict:

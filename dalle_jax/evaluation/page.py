@@ -22,9 +22,9 @@ def page(workdir: Path, seconds: Mapping[str, float]) -> str:
     """
     result = json.loads((workdir / 'result.json').read_text())
     if result['settings']['source'] == 'scenes':
-        return scenes_page.page(workdir, result, seconds,
-                                [block for split in result['settings']['splits']
-                                 for block in quality(result, split)] + [_made_with(result)])
+        of_images = [block for split in result['settings']['splits']
+                     for block in quality(result, split)]
+        return scenes_page.page(workdir, result, seconds, of_images, [_made_with(result)])
     blocks = []
     for split in result['settings']['splits']:
         blocks += [_facts(result, split), *quality(result, split), *_shown(workdir, split)]

@@ -25,14 +25,15 @@ GOALS = {
 }
 
 
-def page(workdir: Path, result: Mapping, seconds: Mapping[str, float], more: Sequence[str]) -> str:
+def page(workdir: Path, result: Mapping, seconds: Mapping[str, float], more: Sequence[str],
+         last: Sequence[str]) -> str:
     """The page of one evaluation.
 
     Args:
       workdir: the evaluation's directory.
       result: its result.json.
       seconds: stage -> seconds, or {} where the stages were not run together.
-      more: sections behind those of samples.
+      more, last: sections behind those of samples, and at the end.
     """
     dalle = Path(result['settings']['run'])
     experiment = runs.read_config(dalle)
@@ -62,14 +63,15 @@ def page(workdir: Path, result: Mapping, seconds: Mapping[str, float], more: Seq
         report.section('The image tokenizer', _tokenizer_text(metrics), *_tokenizer(workdir)),
         *_training(paths),
         report.section('All numbers', '', report.table(
-            [(name, value) for name, value in metrics.items()], ('metric', 'value')))]
+            [(name, value) for name, value in metrics.items()], ('metric', 'value'))),
+        *last]
     subtitle = ('A discrete VAE, a transformer and a CLIP, trained from nothing on captioned '
                 'scenes and judged on captions none of them has seen.')
     return report.page('DALL-E on scenes', subtitle, blocks)
 
 
 def flat(result: Mapping) -> dict[str, float]:
-    """The numbers of a result in one dict, without those of the images' quality."""
+    """The numbers of a result in one dict; of the images' quality only FID."""
     metrics = {}
     for split, prefix in (('combos', 'caption'), ('pairs', 'pair')):
         found = result['results'].get(split, {})
