@@ -19,7 +19,6 @@ import dalle_jax
 from dalle_jax import config as config_lib
 from dalle_jax import distributed, machine, runs
 from dalle_jax.inputs import Inputs, make_task, open_inputs, pipeline
-from dalle_jax.models.context import Context
 from dalle_jax.progress import Progress, Work, brief, clock
 from dalle_jax.training import partition, precision, step as step_lib
 from dalle_jax.training.checkpoint import Checkpoints, restore_subtree
@@ -108,7 +107,7 @@ def _train(inputs: Inputs, mesh, log):
                      for role, f in inputs.frozen.items()}
     frozen_static = tuple((role, f.module, f.config) for role, f in inputs.frozen.items())
     train = step_lib.make_train(task, abstract, loop.group)
-    validate = step_lib.make_validate(task)
+    validate, snapshot = step_lib.make_validate(task), step_lib.make_snapshot(task)
     resblocks = precision.names(state.scales.value) if state.scales else []
     log.start_log(first)
     count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -130,11 +129,9 @@ def _train(inputs: Inputs, mesh, log):
         return values
 
     def take_snapshot(step):
-        ctx = Context(experiment.arch, jax.random.key(0), state.updates, False,
-                      step_lib.bind(frozen_static, frozen_params), task.dtype)
         batch = jax.device_put(shown, partition.replicated(mesh))
-        arrays = distributed.whole(model.snapshot(
-            step_lib.best_params(state), state.model_state, batch, ctx))
+        arrays = distributed.whole(snapshot(step_lib.best_params(state), state.model_state, batch,
+                                            state.updates, frozen_params, frozen_static))
         captions = [tokenizer.decode(row) for row in shown['text']] if 'text' in shown else []
         log.snapshot(step, arrays, captions, getattr(experiment.arch, 'text_length', None))
 

@@ -46,8 +46,21 @@ def family_count(config):
     return layers + inputs + (config.text_vocab + config.image_vocab) * d
 
 
+@pytest.mark.parametrize('spec', COUNTS)
+def test_sizes(spec):
+    experiment = config_lib.resolve(config_lib.load(f'experiments/{spec}'))
+    model = config_lib.model_module(experiment.model)
+    shapes = jax.eval_shape(lambda: model.init(experiment.arch, jax.random.key(0))[0])
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    assert count == (family_count(experiment.arch) if experiment.model == 'dalle' else count)
+    assert COUNTS[spec] in (None, count)
+    jax.tree.map(lambda a, names: pytest.fail(f'{a.shape} {names}') if a.ndim != len(names)
+                 else None, shapes, model.axes(experiment.arch))
+
+
 # Differ from others in nothing but numbers.
-SIZES = ('5.6b', '2.8b', '1.3b', '0.7b', 'large', 'base', 'small', 'medium', 'b16')
+SIZES = ('5.6b', '2.8b', '1.4b', '1.3b', '0.7b', 'large', 'base', 'small', 'tiny', 'medium', 'b16',
+         'l14')
 
 
 @pytest.mark.parametrize('spec', [
@@ -72,17 +85,9 @@ def test_training_step_traces(spec):
                          microbatches=experiment.loop.microbatches, dtype=jnp.bfloat16,
                          prng=experiment.loop.prng)
     state = jax.eval_shape(lambda: step_lib.init_state(task, experiment.seed))
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    if experiment.model == 'dalle':
-        assert count == family_count(arch)
-    if COUNTS[spec]:
-        assert count == COUNTS[spec]
     batch = {name: jax.ShapeDtypeStruct((experiment.data.batch_size, *leaf.shape), leaf.dtype)
              for name, leaf in model.batch_spec(arch, bound).items()}
     new, metrics = step_lib.make_train(task, state).eval_shape(state, batch, params, static)
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)
     assert all(jax.tree.leaves(same))
     assert metrics['loss'].shape == () and metrics['loss'].dtype == jnp.float32
-    axes = model.axes(arch)
-    jax.tree.map(lambda a, names: pytest.fail(f'{a.shape} {names}') if a.ndim != len(names)
-                 else None, state.params, axes)

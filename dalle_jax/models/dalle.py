@@ -6,7 +6,6 @@ network itself is dalle_network.py, drawing from it sampling.py.
 B batch, T text states, I = R x C image states, d width; C captions, N candidates of a caption.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -174,16 +173,15 @@ def snapshot(params: Any, model_state: Any, batch: Mapping[str, jax.Array], ctx:
     config, text = ctx.config, jnp.asarray(batch['text'][:SNAPSHOT_IMAGES])
     batch = {name: jnp.asarray(value[:SNAPSHOT_IMAGES]) for name, value in batch.items()}
     codes = _codes(batch, ctx)
-    maps = jax.jit(attention_maps, static_argnums=1)(params, config, text[0], codes[0])
+    maps = attention_maps(params, config, text[0], codes[0])
     arrays = {f'matrix/{pattern}': weights for pattern, weights in maps.items()}
     if 'image' in ctx.frozen:
         tokenizer = ctx.frozen['image']
         keys = jax.random.split(jax.random.key(0, impl='threefry2x32'), (len(text), 1))
-        ids, _ = jax.jit(generate, static_argnums=1, static_argnames='dtype')(
-            params, config, text, keys=keys, dtype=ctx.dtype)
-        decode = functools.partial(jax.jit(tokenizer.module.decode, static_argnums=1),
-                                   tokenizer.params, tokenizer.config)
-        arrays |= {'images/tokenised': decode(codes), 'images/samples': decode(ids[:, 0])}
+        ids, _ = generate(params, config, text, keys=keys, dtype=ctx.dtype)
+        tokenised, samples = jnp.split(tokenizer.module.decode(
+            tokenizer.params, tokenizer.config, jnp.concatenate([codes, ids[:, 0]])), 2)
+        arrays |= {'images/tokenised': tokenised, 'images/samples': samples}
         if 'image' in batch:
             arrays['images/originals'] = batch['image']
     return arrays

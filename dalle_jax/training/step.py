@@ -303,6 +303,16 @@ def make_validate(task: Task):
     return jax.jit(validate, static_argnums=5)
 
 
+def make_snapshot(task: Task):
+    """The jitted snapshot: (params, model_state, batch, step, frozen) -> arrays for the report."""
+    def snapshot(params, model_state, batch, step, frozen_params, frozen_static):
+        ctx = Context(task.config, jax.random.key(0), step, False,
+                      bind(frozen_static, frozen_params), task.dtype)
+        return task.model.snapshot(params, model_state, batch, ctx)
+
+    return jax.jit(snapshot, static_argnums=5)
+
+
 def means(terms: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """name -> mean of terms and metrics, and their weighted total as 'loss'."""
     values = {name: term.sum / term.count for name, term in terms.items()}

@@ -22,6 +22,7 @@ embed_image = jax.jit(clip.embed_image, static_argnums=1)
 embed_text = jax.jit(clip.embed_text, static_argnums=1)
 
 
+@jax.jit
 def loss(params, images, text):
     terms, metrics, _ = clip.loss(params, {}, {'image': images, 'text': text},
                                   Context(TINY, train=True))

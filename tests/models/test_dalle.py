@@ -380,7 +380,8 @@ def test_golden_step():
 
 def test_snapshot():
     image, pictures, frozen = tokenized()
-    arrays = dalle.snapshot(parameters(CONFIG), {}, {'text': TEXT, 'image': pictures},
+    params = jax.tree.map(jnp.asarray, parameters(CONFIG))
+    arrays = dalle.snapshot(params, {}, {'text': TEXT, 'image': pictures},
                             Context(CONFIG, frozen=frozen))
     assert {name: np.shape(x) for name, x in arrays.items()} == {
         'matrix/row': (17, 17), 'matrix/column': (17, 17), 'matrix/conv': (17, 17),

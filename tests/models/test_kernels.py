@@ -240,8 +240,9 @@ def test_splash_compiles_for_a_tpu(kind, heads, monkeypatch):
 
 
 @pytest.mark.parametrize('name,remat,mesh', [
-    ('pallas', 'none', {'tensor': 2}), ('pallas', 'dots', {'replica': 2}),
-    ('pallas', 'full', {'tensor': 2}), ('splash', 'dots', {'tensor': 2})])
+    ('pallas', 'dots', {'tensor': 2}), ('splash', 'full', {'tensor': 2}),
+    *(pytest.param('pallas', remat, {'replica': 2}, marks=pytest.mark.slow)
+      for remat in ('none', 'full'))])
 def test_kernels_in_a_transformer_on_a_mesh(name, remat, mesh, monkeypatch):
     """Gradients are those of the blocked computation without a mesh."""
     monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
