@@ -60,7 +60,7 @@ def test_sizes(spec):
 
 # Differ from others in nothing but numbers.
 SIZES = ('5.6b', '2.8b', '1.4b', '1.3b', '0.7b', 'large', 'base', 'small', 'tiny', 'medium', 'b16',
-         'l14')
+         'l14', 'folder')
 
 
 @pytest.mark.parametrize('spec', [

@@ -59,7 +59,7 @@ def test_fid_of_covariances_that_commute(deviations, seed):
     a, b = (fid.Gaussian(m, basis * np.square(s) @ basis.T) for m, s in
             zip((change, 0 * change), np.transpose(deviations)))
     expected = np.sum(change**2) + np.sum(np.subtract(*np.transpose(deviations)) ** 2)
-    # Where a product has eigenvalue 0, it is found as about 1e-16 of the largest, whose root is 1e-8.
+    # An eigenvalue 0 is found as about 1e-16 of the largest, whose root is 1e-8.
     atol = 1e-7 * np.square(deviations).max() + 1e-9
     np.testing.assert_allclose(fid.frechet_distance(a, b), expected, rtol=1e-6, atol=atol)
 
