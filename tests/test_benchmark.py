@@ -305,6 +305,7 @@ runpy.run_module('dalle_jax.benchmark', run_name='__main__')
     assert wrong.returncode and '--preset=12c: choose one of' in wrong.stdout + wrong.stderr
 
 
+@pytest.mark.slow
 def test_precisions_of_the_stored_model():
     """Both steps train, with 16-bit parameters and moments; an unscaled float16 is no case."""
     preset = dataclasses.replace(TINY, stored=benchmark.PRESETS['12b_one_gpu'].stored)
