@@ -193,6 +193,7 @@ def test_sampling(monkeypatch):
     assert cached['cache_bytes'] < group['dense_cache']['cache_bytes']
 
 
+@pytest.mark.slow
 def test_dvae():
     found = check(benchmark.run(bench('dvae', batch=2)))
     assert set(found) == {'dvae/train', 'dvae/encode', 'dvae/decode'}

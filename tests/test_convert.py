@@ -53,6 +53,7 @@ def test_a_dvae_encodes_as_the_released_code(converted):
     assert np.array_equal(model.decode(ids), model.decode(model.encode(small)))
 
 
+@pytest.mark.slow
 def test_a_vqgan_is_used_and_not_trained(tmp_path):
     stored = np.load(FIXTURES / 'vqgan.npz')
     np.savez(tmp_path / 'last.npz', **{
