@@ -56,14 +56,14 @@ def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
                             'run, which can draw')
     judge = Model(options.judge, mesh=mesh) if options.judge else None
     network = data_lib.open_network(options.features, options.resize, options.feature_batch,
-                                           mesh)
+                                    mesh)
     given = data_lib.Given(options.images) if options.images else None
     size = given.side if given else model.image_run.config.image_size
     data = {split: data_lib.Real(options, split, size, model) for split in options.splits}
     if model:  # in the same batches when it is continued, whatever memory is free then
         options = dataclasses.replace(options, batch=_batch(out, options) or model.fit(
             options.sampling, options.captions or 10**6).batch)
-    made_with = _made_with(model, judge, network, mesh)
+    made_with = _made_with(model, judge, network)
     out.mkdir(parents=True, exist_ok=True)
     with runs.take(out, '--workdir'):
         _check_workdir(out, options, made_with)
@@ -114,10 +114,10 @@ def _split(options, out, split, real, pairs, model, judge, network, given):
     if network:
         values |= _quality(options, out, split, real, network, images)
     if drawn is not None:
-        last = best[options.candidates]
-        values['log_likelihood'] = float(drawn.logp[np.arange(len(last)), last].mean())
+        chosen = np.arange(len(pairs.captions)), best[options.candidates]
+        values['log_likelihood'] = float(drawn.logp[chosen].mean())
         if drawn.scores is not None and not judge:
-            values['clip_score'] = 100 * float(drawn.scores[np.arange(len(last)), last].mean())
+            values['clip_score'] = 100 * float(drawn.scores[chosen].mean())
     if judge:
         captions = given.captions if given else pairs.captions
         values['clip_score'] = _clip_score(judge, captions, images(options.candidates), split)
@@ -143,11 +143,15 @@ def _quality(options, out, split, real, network, images):
                 f'{time.monotonic() - began:.0f} s')
         return quality.read(path)
 
-    values = {}
-    of_real = {}
+    def compared(found, with_real):
+        entry = quality.compare(found, with_real, options.kid_subsets, options.kid_size)
+        entry[name] = entry.pop('fid')
+        return entry
+
+    values, of_real = {}, {}
+    most = max(n for n, _ in options.conditions)
     for n, radius in options.conditions:
-        last = n == max(m for m, _ in options.conditions)
-        keep = last and not radius  # for KID
+        keep = n == most and not radius  # for KID
         if radius not in of_real:
             of_real[radius] = (
                 measured('real', real.parts, radius, not radius) if options.reference == 'pairs'
@@ -155,16 +159,12 @@ def _quality(options, out, split, real, network, images):
         if of_real[radius] is None:
             continue
         found = measured(f'best_of_{n}', lambda n=n: images(n), radius, keep)
-        entry = quality.compare(found, of_real[radius], options.kid_subsets, options.kid_size)
-        entry[name] = entry.pop('fid')
+        entry = compared(found, of_real[radius])
         values[f'best_of_{n}_blur_{radius:g}'] = entry
         say(f'{split}: best of {n}, blur {radius:g}: {name} {entry[name]:.4g}, IS '
             f"{entry.get('inception_score', float('nan')):.4g}")
     if real.scenes and 0 in of_real:
-        found = measured('others', real.others, 0, True)
-        values['other_scenes'] = quality.compare(found, of_real[0], options.kid_subsets,
-                                                 options.kid_size)
-        values['other_scenes'][name] = values['other_scenes'].pop('fid')
+        values['other_scenes'] = compared(measured('others', real.others, 0, True), of_real[0])
     for radius, found in of_real.items():
         if found and found.inception_score:
             values[f'real_blur_{radius:g}'] = dict(zip(
@@ -209,7 +209,7 @@ def _losses(model, pairs, real, split):
 # -- what a result was made with -------------------------------------------------------------------
 
 
-def _made_with(model, judge, network, mesh):
+def _made_with(model, judge, network):
     device = jax.devices()[0]
     weights = dict(model.fingerprints) if model else {}
     if judge:

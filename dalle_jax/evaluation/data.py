@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,9 +160,8 @@ class Given:
     def _check(self):
         """The side of all images."""
         names, sides, bad = self._source.images, {}, []
-        stems = [name.rpartition('.')[0] for name in names]
-        twins = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(
-            set(stems)) < len(stems) else []
+        stems = Counter(name.rpartition('.')[0] for name in names)
+        twins = sorted(stem for stem, count in stems.items() if count > 1)
         if twins:
             raise ValueError(f'{self._path}: {len(twins)} names belong to several images, the '
                              f'first is {twins[0]}; remove or rename all but one')
