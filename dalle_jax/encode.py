@@ -303,11 +303,8 @@ def _begin(out: Path, settings: dict[str, Any]) -> bool:
         shutil.rmtree(parts, ignore_errors=True)  # where the last step was cut short
     elif any(parts.glob('*.npz')):
         stored = json.loads((parts / 'settings.json').read_text())
-    changed = [f'{key} was {stored.get(key)!r} and is now {settings.get(key)!r}'
-               for key in settings | stored if stored.get(key) != settings.get(key)]
-    if changed:
-        raise runs.RunError(f'{out} holds token records of another kind: {"; ".join(changed)}. '
-                            'Give another --out')
+    runs.check_same(stored, settings, f'{out} holds token records of another kind',
+                    'Give another --out')
     if not finished:
         parts.mkdir(exist_ok=True)
         runs.write_atomic(parts / 'settings.json', json.dumps(settings, indent=2))

@@ -11,6 +11,7 @@ does all of it again and compares every number, to the last digit.
 """
 
 import dataclasses
+import functools
 import json
 import platform
 import sys
@@ -30,6 +31,7 @@ from dalle_jax.evaluation import candidates, data as data_lib, page, scenes
 from dalle_jax.evaluation.config import EvaluateConfig
 from dalle_jax.generate import Model
 from dalle_jax.metrics import quality
+from dalle_jax.progress import Images
 from dalle_jax.runs import say
 from dalle_jax.training.checkpoint import CheckpointError
 
@@ -37,12 +39,11 @@ SHOWN = 24  # images of the report
 SOFTWARE = ('dalle_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'sentencepiece')
 
 
-def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
+def run(config, workdir: str | Path) -> dict[str, Any]:
     """Evaluates; returns what result.json holds, see there.
 
     Args:
       config: a ConfigDict of an experiment file, or a mapping of EvaluateConfig's values.
-      mesh: see dalle_jax.load.
 
     Raises:
       ValueError, RunError, CheckpointError: before anything is drawn.
@@ -50,13 +51,13 @@ def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
     values = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
     options = config_lib.build(EvaluateConfig, values, '')
     out, started = Path(workdir), time.monotonic()
-    model = Model(options.run, options.clip or None, mesh) if options.run else None
+    model = Model(options.run, options.clip or None, options.mesh) if options.run else None
     if model and model.run.experiment.model != 'dalle':
         raise runs.RunError(f'{options.run} is a {model.run.experiment.model} run; give a DALL-E '
                             'run, which can draw')
-    judge = Model(options.judge, mesh=mesh) if options.judge else None
+    judge = Model(options.judge, mesh=options.mesh) if options.judge else None
     network = data_lib.open_network(options.features, options.resize, options.feature_batch,
-                                    mesh)
+                                    options.mesh)
     given = data_lib.Given(options.images) if options.images else None
     size = given.side if given else model.image_run.config.image_size
     data = {split: data_lib.Real(options, split, size, model) for split in options.splits}
@@ -66,21 +67,22 @@ def run(config, workdir: str | Path, mesh: str = '') -> dict[str, Any]:
     made_with = _made_with(model, judge, network)
     out.mkdir(parents=True, exist_ok=True)
     with runs.take(out, '--workdir'):
-        _check_workdir(out, options, made_with)
+        made_with |= _begin(out, options, made_with)
         pairs = {split: real.choose(out / f'captions_{split}.json') for split, real in data.items()}
         for split, of_split in pairs.items():
             _check_count(network, split, min(len(given or of_split.ids), len(of_split.ids)))
         results = {split: _split(options, out, split, data[split], pairs[split], model, judge,
                                  network, given) for split in data}
         chosen = {split: {'captions': len(found.ids), 'hash': found.hash,
-                          'file': f'captions_{split}.json', 'left_out': found.left_out_count}
+                          'file': f'captions_{split}.json', 'left_out': found.left_out_count,
+                          'excluded': found.excluded}
                   for split, found in pairs.items()}
         if options.source == 'scenes' and options.reconstructions:
             results['tokenizer'] = scenes.tokenizer(model, options.reconstructions,
                                                     options.lookup_images, options.seed, out)
         written = json.dumps({
-            'results': results, 'settings': dataclasses.asdict(options), 'mesh': mesh,
-            'captions': chosen, **made_with}, indent=2)
+            'results': results, 'settings': dataclasses.asdict(options), 'captions': chosen,
+            **made_with}, indent=2)
         _write_seconds(out, time.monotonic() - started)
         runs.write_atomic(out / 'result.json', written)
         write_report(out, out / 'report.html')
@@ -102,73 +104,96 @@ def _split(options, out, split, real, pairs, model, judge, network, given):
     if model:
         drawn = candidates.draw(model, pairs.captions, options.sampling, out / f'drawn_{split}',
                                 split)
-        best = {n: drawn.best_of(n) for n in {n for n, _ in options.conditions}}
+        best = {n: drawn.best_of(n) for n in options.conditions}
 
-    def images(n):
-        if given:
-            return given.parts()
-        return data_lib.decoded(model, drawn.tokens(best[n]))
+    def images(n, done):
+        parts = given.parts() if given else data_lib.decoded(model, drawn.tokens(best[n]))
+        return _told(parts, len(given or pairs.ids), split, done)
 
-    _write_shown(out / f'shown_{split}.npz', real, images(options.candidates), pairs.captions,
-                 given)
+    def real_images(done):
+        return _told(real.parts(), len(pairs.ids), split, done)
+
+    most = max(options.conditions)
+    shown = out / f'shown_{split}.npz'
+    if not shown.exists():
+        _write_shown(shown, real, images(most, 'shown'), pairs.captions, given)
     if network:
-        values |= _quality(options, out, split, real, network, images)
+        values |= _quality(options, out, split, real, network, real_images, images)
     if drawn is not None:
-        chosen = np.arange(len(pairs.captions)), best[options.candidates]
+        chosen = np.arange(len(pairs.captions)), best[most]
         values['log_likelihood'] = float(drawn.logp[chosen].mean())
         if drawn.scores is not None and not judge:
             values['clip_score'] = 100 * float(drawn.scores[chosen].mean())
     if judge:
         captions = given.captions if given else pairs.captions
-        values['clip_score'] = _clip_score(judge, captions, images(options.candidates), split)
+        values |= _kept(out / 'measured' / f'{split}_clip_score.json', lambda: _clip_score(
+            judge, captions, images(most, 'scored'), split))
     if model and options.losses:
-        values |= _losses(model, pairs, real, split)
+        values |= _kept(out / 'measured' / f'{split}_losses.json', lambda: _losses(
+            model, pairs.captions, real_images('read by the transformer'), split))
     if options.source == 'scenes':
         values |= scenes.samples(model, pairs.captions, drawn, out, split)
     return values
 
 
-def _quality(options, out, split, real, network, images):
-    """FID, IS and KID of every condition; what has been measured is kept in files."""
-    name = 'fid' if network.name == 'inception' else f'fid_{network.name}'
+def _told(parts, total, split, done):
+    """The same parts; the console learns how far their user is."""
+    told = Images(total, split, done)
+    for part in parts:
+        yield part
+        told(len(part))
 
-    def measured(side, parts, radius, keep):
-        path = out / 'measured' / f'{split}_{side}_blur{radius:g}.npz'
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            began = time.monotonic()
-            found = quality.measure(network.of, parts(), radius, options.score_splits, keep)
-            quality.write(runs.write_arrays, path, found)
-            say(f'{split}: {found.count:,} images of {side} at blur {radius:g} measured in '
-                f'{time.monotonic() - began:.0f} s')
-        return quality.read(path)
+
+def _kept(path, measure):
+    """What `measure` returns, or has returned before it was stopped elsewhere."""
+    if not path.exists():
+        found = measure()
+        path.parent.mkdir(exist_ok=True)
+        runs.write_atomic(path, json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def _quality(options, out, split, real, network, real_images, images):
+    """FID, IS and KID of every condition; what has been measured is kept in files."""
+    # Numbers of another network than Inception are called by its name, so that none is mistaken.
+    suffix = '' if network.name == 'inception' else f'_{network.name}'
+
+    def measured(side, parts, radii, keep=False):
+        """radius -> Measured; those that are missing in one pass over the images."""
+        files = {r: out / 'measured' / f'{split}_{side}_blur{r:g}.npz' for r in radii}
+        missing = [radius for radius, file in files.items() if not file.exists()]
+        if missing:
+            at = ', '.join(f'{radius:g}' for radius in missing)
+            found = quality.measure(network.of, parts(f'of {side} measured at blur {at}'), missing,
+                                    options.score_splits, keep)
+            (out / 'measured').mkdir(exist_ok=True)
+            for radius, one in found.items():
+                quality.write(runs.write_arrays, files[radius], one)
+        return {radius: quality.read(file) for radius, file in files.items()}
 
     def compared(found, with_real):
         entry = quality.compare(found, with_real, options.kid_subsets, options.kid_size)
-        entry[name] = entry.pop('fid')
-        return entry
+        return {key if key in ('images', 'kid_subset') else key + suffix: value
+                for key, value in entry.items()}
 
-    values, of_real = {}, {}
-    most = max(n for n, _ in options.conditions)
-    for n, radius in options.conditions:
-        keep = n == most and not radius  # for KID
-        if radius not in of_real:
-            of_real[radius] = (
-                measured('real', real.parts, radius, not radius) if options.reference == 'pairs'
-                else quality.read(Path(options.reference)) if not radius else None)
-        if of_real[radius] is None:
-            continue
-        found = measured(f'best_of_{n}', lambda n=n: images(n), radius, keep)
-        entry = compared(found, of_real[radius])
-        values[f'best_of_{n}_blur_{radius:g}'] = entry
-        say(f'{split}: best of {n}, blur {radius:g}: {name} {entry[name]:.4g}, IS '
-            f"{entry.get('inception_score', float('nan')):.4g}")
+    values, most = {}, max(options.conditions)
+    of_real = (measured('real', real_images, options.conditions[most], keep=True)
+               if options.reference == 'pairs' else {0: quality.read(Path(options.reference))})
+    for n, radii in options.conditions.items():
+        found = measured(f'best_of_{n}', functools.partial(images, n),
+                         [radius for radius in radii if radius in of_real], keep=n == most)
+        for radius, one in found.items():
+            entry = values[f'best_of_{n}_blur_{radius:g}'] = compared(one, of_real[radius])
+            say(f'{split}: best of {n}, blur {radius:g}: FID{suffix} {entry["fid" + suffix]:.4g}, '
+                f'IS{suffix} {entry["inception_score" + suffix]:.4g}')
     if real.scenes and 0 in of_real:
-        values['other_scenes'] = compared(measured('others', real.others, 0, True), of_real[0])
+        others = measured('others', lambda done: real.others(), [0], keep=True)
+        values['other_scenes'] = compared(others[0], of_real[0])
     for radius, found in of_real.items():
-        if found and found.inception_score:
+        if found.inception_score:  # statistics files have none
             values[f'real_blur_{radius:g}'] = dict(zip(
-                ('inception_score', 'inception_score_std'), found.inception_score))
+                (f'inception_score{suffix}', f'inception_score_std{suffix}'),
+                found.inception_score))
     return {'quality': values, 'network': network.name}
 
 
@@ -192,14 +217,14 @@ def _clip_score(judge, captions, parts, split):
     for part in parts:
         scores.append(judge.score(captions[begin:begin + len(part)], part))
         begin += len(part)
-    return 100 * float(np.concatenate(scores).mean())
+    return {'clip_score': 100 * float(np.concatenate(scores).mean())}
 
 
-def _losses(model, pairs, real, split):
+def _losses(model, captions, parts, split):
     """Nats per token of held-out captions, and of their images given them."""
     nats, counts, begin = np.zeros(2), np.zeros(2), 0
-    for part in real.parts():
-        found = model.losses(pairs.captions[begin:begin + len(part)], part)
+    for part in parts:
+        found = model.losses(captions[begin:begin + len(part)], part)
         nats, counts, begin = nats + found[0].sum(0), counts + found[1].sum(0), begin + len(part)
     text, image = nats / np.maximum(counts, 1)
     say(f'{split}: {text:.4g} nats per text token, {image:.4g} per image token')
@@ -230,19 +255,31 @@ def _batch(out, options):
                              if begun.exists() else 0)
 
 
-def _check_workdir(out: Path, options: EvaluateConfig, made_with: Mapping[str, Any]) -> None:
+def _begin(out: Path, options: EvaluateConfig, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes down what a new directory is begun with.
+
+    Returns:
+      {}; 'begun_with', where a directory was begun with other software or on another device.
+
+    Raises:
+      RunError: it was begun with other settings or weights.
+    """
     stored = out / 'evaluate.json'
-    wanted = json.loads(json.dumps({'settings': dataclasses.asdict(options),
-                                    'weights': made_with['weights']}))
-    if stored.exists():
-        old = json.loads(stored.read_text())
-        changed = [f'{key} was {old[part].get(key)!r} and is now {new.get(key)!r}'
-                   for part, new in wanted.items() for key in old[part] | new
-                   if old[part].get(key) != new.get(key)]
-        if changed:
-            raise runs.RunError(f'{out} holds an evaluation with other settings or weights: '
-                                f'{"; ".join(changed[:6])}. Give another --workdir, or remove it')
-    runs.write_atomic(stored, json.dumps(wanted, indent=2))
+    now = json.loads(json.dumps({'settings': dataclasses.asdict(options), **made_with}))
+    if not stored.exists():
+        runs.write_atomic(stored, json.dumps(now, indent=2))
+        return {}
+    old = json.loads(stored.read_text())
+    runs.check_same(*({**one['settings'], **{f'weights of {name}': value for name, value
+                                             in one['weights'].items()}} for one in (old, now)),
+                    f'{out} holds an evaluation with other settings or weights',
+                    'Give another --workdir, or remove it')
+    begun_with = {key: old[key] for key in ('software', 'device') if old[key] != now[key]}
+    if begun_with:
+        say(f'{out} was begun with {json.dumps(begun_with)}; a part of its numbers comes from '
+            'there')
+        return {'begun_with': begun_with}
+    return {}
 
 
 def _write_seconds(out, seconds):
@@ -276,7 +313,9 @@ def reproduce(path: str | Path, workdir: str | Path) -> list[str]:
     if not {'settings', 'results', 'weights', 'software'} <= old.keys():
         raise ValueError(f'{path} is no result of evaluate: it lacks settings, results, weights or '
                          'software')
-    new = run(old['settings'], workdir, old['mesh'])
+    if 'begun_with' in old:
+        say(f'{path} was begun with other software or on another device, so numbers may differ')
+    new = run(old['settings'], workdir)
     for key in ('weights', 'software', 'device', 'captions'):
         if old[key] != new[key]:
             say(f'NOT the same: {key} were {json.dumps(old[key])} and are {json.dumps(new[key])}')
@@ -292,7 +331,7 @@ def main(argv):
         if not FLAGS.reproduce:
             if CONFIG.value is None:
                 raise ValueError('give --config, or --reproduce with a result.json')
-            run(CONFIG.value, FLAGS.workdir, FLAGS.mesh)
+            run(CONFIG.value, FLAGS.workdir)
             return 0
         differing = reproduce(FLAGS.reproduce, FLAGS.workdir)
     except (ValueError, FileNotFoundError, runs.RunError, CheckpointError) as error:
@@ -308,7 +347,5 @@ if __name__ == '__main__':
     FLAGS = flags.FLAGS
     CONFIG = config_lib.define_flag()
     flags.DEFINE_string('workdir', None, 'Directory the results are written to.', required=True)
-    flags.DEFINE_string('mesh', '', "How the devices are used, such as 'tensor=2'; empty: each has "
-                        'a copy of the parameters. See dalle_jax.load.')
     flags.DEFINE_string('reproduce', '', 'A result.json whose evaluation is done again.')
     app.run(main)

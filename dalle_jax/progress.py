@@ -81,19 +81,26 @@ class Progress:
 
 
 class Images:
-    """Tells the number of images drawn, their rate and the time left, every few seconds."""
+    """Tells the number of images drawn, their rate and the time left, every few seconds.
 
-    def __init__(self, total: int, name: str = ''):
+    Args:
+      total: images.
+      name: what the line begins with, if anything.
+      done: what has been done to them.
+    """
+
+    def __init__(self, total: int, name: str = '', done: str = 'drawn'):
         self._total, self._images, self._name = total, 0, name and f'{name}: '
+        self._done = done
         self._began = self._told = time.monotonic()
 
     def __call__(self, images: int):
-        """So many more are drawn."""
+        """So many more."""
         self._images, now = self._images + images, time.monotonic()
         if now - self._told > 2 or self._images == self._total:
             rate, self._told = self._images / (now - self._began), now
-            say(f'{self._name}{self._images:,}/{self._total:,} images drawn, {rate:.1f} images/s, '
-                f'left {clock((self._total - self._images) / rate)}')
+            say(f'{self._name}{self._images:,}/{self._total:,} images {self._done}, {rate:.1f} '
+                f'images/s, left {clock((self._total - self._images) / rate)}')
 
 
 class _Aside:

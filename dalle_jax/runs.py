@@ -70,11 +70,9 @@ class Run:
                    if key not in FREE_KEYS}
         if old.data.source == 'tokens':  # it only decodes: the codes are those of data.tokenizer
             changed.pop('frozen.image', None)
-        if changed:
-            listed = '; '.join(f'{key} was {a!r} and is now {b!r}'
-                               for key, (a, b) in list(changed.items())[:6])
-            raise RunError(f'{self.path} holds a run of another experiment: {listed}. Give another '
-                           '--workdir, or start from its parameters with --config.init_from=RUN')
+        was, now = ({key: pair[i] for key, pair in changed.items()} for i in (0, 1))
+        check_same(was, now, f'{self.path} holds a run of another experiment', 'Give another '
+                   '--workdir, or start from its parameters with --config.init_from=RUN')
 
     def start_log(self, step: int) -> None:
         """Opens the metric files for a run that continues after `step`, dropping later lines."""
@@ -254,6 +252,15 @@ def take(path: Path, flag: str) -> IO:
         raise RunError(f'{path} is in use by another process; wait for it, or give another {flag}'
                        ) from None
     return lock
+
+
+def check_same(was: Mapping[str, Any], now: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Raises RunError where a directory was begun with other values: names them, and the remedy."""
+    changed = [f'{key} was {was.get(key)!r} and is now {now.get(key)!r}' for key in was | now
+               if was.get(key) != now.get(key)]
+    if changed:
+        more = f'; and {len(changed) - 6} more' if len(changed) > 6 else ''
+        raise RunError(f'{what}: {"; ".join(changed[:6])}{more}. {remedy}')
 
 
 def has_checkpoint(path: str | Path) -> bool:

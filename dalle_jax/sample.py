@@ -124,11 +124,11 @@ def _settings(model, captions, sampling, keep, notes, prompt):
 
 
 def _check_settings(out, old, new):
-    changed = [f'{name} was {old.get(name)!r} and is now {new.get(name)!r}' for name in new | old
-               if name not in ('run', 'image_prompt') and old.get(name) != new.get(name)]
-    if old and changed:
-        raise runs.RunError(f'{out} holds samples drawn otherwise: {"; ".join(changed)}. Give '
-                            'another --out, or remove it')
+    if old:
+        was, now = ({name: value for name, value in settings.items()
+                     if name not in ('run', 'image_prompt')} for settings in (old, new))
+        runs.check_same(was, now, f'{out} holds samples drawn otherwise',
+                        'Give another --out, or remove it')
 
 
 def _hash(data):

@@ -9,8 +9,8 @@ blurs of radius 0, 1, 2, 4 and 8, and for the best of 1 to 512. With --config.im
 of --config.run the images in a folder or .npz are judged. The paper has FID 28.4 and IS 17.9
 at radius 0; --config.exclude=FILE leaves out images that were trained on (its dashed lines).
 
-Drawing 15 million images is the work: one candidate of each caption (--config.candidates=1
---config.rerank=()) is 512 times less, and gives the points N = 1.
+Drawing 15 million images is the work: one candidate of each caption
+(--config experiments/eval_coco.py:candidates=1) is 512 times less, and gives the points N = 1.
 """
 
 from experiments import common

@@ -20,4 +20,4 @@ def get_config(arg=None):
         run=args.run, clip=args.clip, features=args.features, source='scenes',
         splits=('combos', 'pairs'), captions=256, candidates=8, batch=256, rerank=(1, 2, 4),
         temperature=0.7,  # below 1 as for fig. 2 of the paper: a small model's tail is wrong
-        blur=(0.0, 1.0, 2.0), reconstructions=400, kid_size=256)
+        blur=(0.0, 1.0, 2.0), reconstructions=400, kid_size=100)

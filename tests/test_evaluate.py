@@ -100,6 +100,7 @@ def test_the_result_tells_what_it_was_made_with(whole, photos):
     out, result = whole
     assert json.loads((out / 'result.json').read_text()) == json.loads(json.dumps(result))
     told = result['captions']['all']
+    assert told['excluded'] == 0
     assert told['captions'] == 20 and told['left_out'] <= 2
     assert json.loads((out / 'captions_all.json').read_text())['hash'] == told['hash']
     assert result['settings']['batch'] > 0 and result['weights']['inception'] == 'aa'
@@ -133,7 +134,7 @@ def test_stopped_anywhere_it_goes_on(whole, photos, tmp_path, monkeypatch, capsy
     result = evaluate.run(options(photos), tmp_path)
     printed = capsys.readouterr().out
     assert result['results'] == whole[1]['results']
-    assert 'images/s' not in printed and printed.count('measured in') == 6 - 3
+    assert 'images drawn' not in printed and printed.count('measured at blur') == 4 - 3
 
 
 def test_again_with_the_same_numbers(whole, tmp_path, monkeypatch, capsys):
@@ -155,6 +156,30 @@ def test_again_with_the_same_numbers(whole, tmp_path, monkeypatch, capsys):
 def test_other_settings_need_another_directory(whole, photos):
     with pytest.raises(runs.RunError, match='captions was 20 and is now 10'):
         evaluate.run(options(photos, captions=10), whole[0])
+
+
+def test_other_software_is_told(photos, tmp_path, capsys):
+    settings = options(photos, run='', clip='', images=str(tmp_path / 'images.npz'), rerank=[])
+    np.savez(tmp_path / 'images.npz', **squares(25))
+    first = evaluate.run(settings, tmp_path / 'out')
+    begun = json.loads((tmp_path / 'out' / 'evaluate.json').read_text())
+    begun['software']['jax'] = '0.0.1'
+    (tmp_path / 'out' / 'evaluate.json').write_text(json.dumps(begun))
+    capsys.readouterr()
+    again = evaluate.run(settings, tmp_path / 'out')
+    assert again.pop('begun_with') == {'software': first['software'] | {'jax': '0.0.1'}}
+    assert again == first and 'a part of its numbers comes from there' in capsys.readouterr().out
+    assert 'begun with' in (tmp_path / 'out' / 'report.html').read_text()
+
+
+def test_names_that_are_excluded(photos, tmp_path, capsys):
+    (tmp_path / 'trained_on').write_text('00.png\n01.png\nelsewhere.png\n')
+    np.savez(tmp_path / 'images.npz', **squares(25))
+    result = evaluate.run(given(photos, tmp_path / 'images.npz', captions=0,
+                                exclude=str(tmp_path / 'trained_on')), tmp_path / 'out')
+    told = result['captions']['all']
+    assert (told['captions'], told['excluded'], told['left_out']) == (2 * (COUNT - 2), 2, 1)
+    assert '2 records have names that' in capsys.readouterr().out
 
 
 # -- images that are given -------------------------------------------------------------------------
@@ -239,7 +264,8 @@ def test_too_few_images_are_told_before_the_work(photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('changes,message', [
-    ({'run': ''}, 'run is'), ({'images': 'x'}, 'run is'), ({'source': 'tokens'}, 'source is'),
+    ({'run': ''}, 'run is'), ({'images': 'x'}, 'run is'),
+    ({'run': '', 'images': 'x'}, "clip is 'clip'; it must be '' where images are given"), ({'source': 'tokens'}, 'source is'),
     ({'path': ''}, 'path is'), ({'crop': 'stage1'}, 'crop is'), ({'captions': -1}, 'captions is'),
     ({'rerank': [5]}, r'rerank is \(5,\); it must be numbers from 1 to candidates, which is 4'),
     ({'blur': [-1]}, 'blur is'), ({'paper': 'imagenet'}, 'paper is'), ({'splits': []}, 'splits')])
@@ -253,9 +279,9 @@ def test_experiments(name):
     values = config_lib.load(f'experiments/{name}').to_dict()
     assert set(values) == {field.name for field in dataclasses.fields(EvaluateConfig)}
     given = {'run': 'r'} if 'scenes' in name else {'run': 'r', 'path': 'p'}
-    found = config_lib.build(EvaluateConfig, values | given, '')
-    assert found.conditions[0] == (1, 0) and (found.candidates, found.blur[-1]) in found.conditions
-    if 'scenes' not in name:
-        assert [n for n, r in found.conditions if not r] == [2**i for i in range(10)]
-        assert [r for n, r in found.conditions if n == 512] == [0, 1, 2, 4, 8]
+    conditions = config_lib.build(EvaluateConfig, values | given, '').conditions
+    if 'scenes' in name:
+        assert conditions == {1: [0], 2: [0], 4: [0], 8: [0, 1, 2]}
+    else:
+        assert conditions == {2**i: [0] for i in range(9)} | {512: [0, 1, 2, 4, 8]}
     assert jax.tree.all(jax.tree.map(lambda a: a is not None, values))

@@ -10,7 +10,8 @@ class EvaluateConfig:
 
     Attributes:
       run: directory of a DALL-E run that draws; '' where `images` are given.
-      clip: directory of the CLIP run that chooses among candidates; '': the likelihood does.
+      clip: directory of the CLIP run that chooses among candidates; '': the likelihood does. ''
+        where images are given.
       judge: directory of another CLIP run, for the CLIP score; '': that of `clip`.
       images: folder or .npz of images that are judged in place of a run's, see evaluation/data.py.
       source, path, scenes: where captions and real images are from, as in an experiment's data;
@@ -18,7 +19,8 @@ class EvaluateConfig:
       splits: of the source, judged one by one.
       crop: how real images are brought to the size of those drawn: 'center' or 'none'.
       exclude: file with names of records that are left out, one a line, such as images that were
-        trained on (Ramesh et al. 2021, sec. 3.1); '': none.
+        trained on (Ramesh et al. 2021, sec. 3.1); '': none. Names are those in captions_SPLIT.json
+        before the '#'.
       captions: how many of each split; 0: all that differ.
       reference: 'pairs', the images of the captions; or a statistics file of pytorch-fid, which is
         compared with unblurred images.
@@ -31,6 +33,7 @@ class EvaluateConfig:
       feature_batch: images at once in that network.
       score_splits: parts of the Inception Score.
       kid_subsets, kid_size: of KID.
+      mesh: how the devices are used, such as 'tensor=2', see dalle_jax.load.
       losses: whether the held-out losses of captions and real images are measured.
       paper: 'coco' or 'cub' draws the paper's own points into the report's figures.
       reconstructions, lookup_images: of scenes: images encoded and decoded, and training images of
@@ -66,6 +69,7 @@ class EvaluateConfig:
     score_splits: int = 10
     kid_subsets: int = 100
     kid_size: int = 1000
+    mesh: str = ''
     losses: bool = True
     paper: str = ''
     reconstructions: int = 0
@@ -78,6 +82,8 @@ class EvaluateConfig:
 
         check('run', bool(self.run) != bool(self.images),
               'the directory of a DALL-E run, unless images names images to judge instead')
+        check('clip', not self.clip or bool(self.run), "'' where images are given, among which "
+              'nothing is chosen; judge names the CLIP of the score')
         check('source', self.source in ('scenes', 'folder', 'tfds'), 'scenes, folder or tfds')
         check('path', bool(self.path) != (self.source == 'scenes'),
               "the directory that the source reads, and '' for scenes")
@@ -105,8 +111,8 @@ class EvaluateConfig:
                         self.batch, self.guidance)
 
     @property
-    def conditions(self) -> list[tuple[int, float]]:
-        """(N, radius) of the samples that are measured: all N without blur, and all radii."""
-        drawn = self.candidates if self.run else 1
-        numbers = sorted({*self.rerank, drawn}) if self.run else [1]
-        return [(n, 0) for n in numbers] + [(drawn, r) for r in sorted(set(self.blur)) if r]
+    def conditions(self) -> dict[int, list[float]]:
+        """N -> radii at which the best of N are measured: 0, and for the largest N all of them."""
+        found = {n: [0] for n in sorted({*self.rerank, self.candidates})} if self.run else {1: [0]}
+        found[max(found)] += sorted({*self.blur} - {0})
+        return found

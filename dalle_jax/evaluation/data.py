@@ -1,6 +1,7 @@
 """What an evaluation reads: captions with real images, images that are given, a feature network."""
 
 import dataclasses
+import itertools
 import json
 import zipfile
 from collections import Counter
@@ -14,10 +15,8 @@ from dalle_jax import runs
 from dalle_jax.data import images as images_lib
 from dalle_jax.data.records import BadRecord
 from dalle_jax.data.sources import DataConfig, FolderSource, open_source
-from dalle_jax.metrics import pairs as pairs_lib
-from dalle_jax.metrics.pairs import Pairs
-
-PARTS = 100  # images at a time
+from dalle_jax.evaluation import pairs as pairs_lib
+from dalle_jax.evaluation.pairs import PARTS, Pairs, in_threads
 
 
 class Real:
@@ -62,6 +61,9 @@ class Real:
             if self._pairs.left_out_count:
                 runs.say(f'{self._split}: {self._pairs.left_out_count} records left out: '
                          + '; '.join(self._pairs.left_out[:4]))
+            if options.exclude:
+                runs.say(f'{self._split}: {self._pairs.excluded} records have names that '
+                         f'{options.exclude} excludes; taken are {self._pairs.ids[0]!r} and others')
         runs.write_atomic(path, json.dumps({'hash': self._pairs.hash,
                                             'pairs': self._pairs._asdict()}, indent=1))
         return self._pairs
@@ -75,12 +77,13 @@ class Real:
     def parts(self) -> Iterator[np.ndarray]:
         """The images of the captions, uint8 [n, S, S, 3], PARTS at a time."""
         records = self._pairs.records
-        for begin in range(0, len(records), PARTS):
-            part = records[begin:begin + PARTS]
-            if self.scenes:
-                yield self.scenes.images(np.asarray(part))
-            else:
-                yield pairs_lib.real_images(self._source, part, self._options.crop, self._size)
+        if self.scenes:
+            for begin in range(0, len(records), PARTS):
+                yield self.scenes.images(np.asarray(records[begin:begin + PARTS]))
+            return
+        for part in in_threads(lambda n: pairs_lib.real_image(
+                self._source, records[n], self._options.crop, self._size), len(records)):
+            yield np.stack(part)
 
 
 def decoded(model: Any, ids: np.ndarray) -> Iterator[np.ndarray]:
@@ -139,14 +142,23 @@ class Given:
 
     def parts(self) -> Iterator[np.ndarray]:
         """uint8 [n, S, S, 3], PARTS at a time."""
-        for begin in range(0, len(self), PARTS):
-            indices = range(begin, min(begin + PARTS, len(self)))
-            yield (self._images[begin:begin + PARTS] if self._source is None else
-                   np.stack([self._image(i) for i in indices]))
+        if self._source is None:
+            for begin in range(0, len(self), PARTS):
+                yield self._images[begin:begin + PARTS]
+            return
+        for part in in_threads(self._image, len(self)):
+            yield np.stack(part)
 
     def _image(self, index):
         record = self._source[index]
         return images_lib.decode(record.image, record.name)
+
+    def _look(self, index):
+        """(height, width), or why the image cannot be read."""
+        try:
+            return self._image(index).shape[:2]
+        except BadRecord as error:
+            return str(error)
 
     def _captions(self):
         found = []
@@ -165,11 +177,12 @@ class Given:
         if twins:
             raise ValueError(f'{self._path}: {len(twins)} names belong to several images, the '
                              f'first is {twins[0]}; remove or rename all but one')
-        for i, name in enumerate(names):
-            try:
-                sides.setdefault(self._image(i).shape[:2], name)
-            except BadRecord as error:
-                bad.append(str(error))
+        looks = itertools.chain.from_iterable(in_threads(self._look, len(names)))
+        for name, found in zip(names, looks, strict=True):
+            if isinstance(found, str):
+                bad.append(found)
+            else:
+                sides.setdefault(found, name)
         if bad:
             raise ValueError(f'{self._path}: {len(bad)} of {len(names)} images cannot be read: '
                              f'{"; ".join(bad[:4])}. Remove them: numbers of the others would '

@@ -10,8 +10,9 @@ import numpy as np
 from dalle_jax import report
 from dalle_jax.evaluation import paper, scenes_page
 
-TITLES = {'fid': 'FID', 'fid_words': 'FID of word features', 'inception_score': 'Inception Score',
-          'kid': 'KID'}
+TITLES = {'fid': 'FID', 'inception_score': 'Inception Score', 'kid': 'KID',
+          'fid_words': 'FID of word features', 'inception_score_words': 'IS of words',
+          'kid_words': 'KID of word features'}
 
 
 def page(workdir: Path, seconds: Mapping[str, float]) -> str:
@@ -24,12 +25,13 @@ def page(workdir: Path, seconds: Mapping[str, float]) -> str:
     if result['settings']['source'] == 'scenes':
         of_images = [block for split in result['settings']['splits']
                      for block in quality(result, split)]
-        return scenes_page.page(workdir, result, seconds, of_images, [_made_with(result)])
+        return scenes_page.page(workdir, result, seconds, of_images, [_made_with(workdir, result)])
     blocks = []
     for split in result['settings']['splits']:
         blocks += [_facts(result, split), *quality(result, split), *_shown(workdir, split)]
     what = result['settings']['run'] or result['settings']['images']
-    return report.page(f'Evaluation of {what}', _subtitle(result), [*blocks, _made_with(result)])
+    return report.page(f'Evaluation of {what}', _subtitle(result),
+                       [*blocks, _made_with(workdir, result)])
 
 
 def quality(result: Mapping, split: str) -> list[str]:
@@ -37,23 +39,31 @@ def quality(result: Mapping, split: str) -> list[str]:
     found = result['results'][split]
     if not found.get('quality'):
         return []
-    name = 'fid' if found['network'] == 'inception' else f"fid_{found['network']}"
+    fid, score, kid = (
+        key if found['network'] == 'inception' else f'{key}_{found["network"]}'
+        for key in ('fid', 'inception_score', 'kid'))
     kept = {_condition(key): entry for key, entry in found['quality'].items()
             if key.startswith('best_of')}
     most = max(n for n, _ in kept)
     what = f'best of {most}' if result['settings']['run'] else 'the images'
-    text = (f'{split}: {found["quality"][f"best_of_{most}_blur_0"]["images"]:,} images and as many '
-            'real ones, both blurred by a Gaussian. ')
-    if name == 'fid_words':
+    reference = result['settings']['reference']
+    real = (f'{result["captions"][split]["captions"]:,} real ones, both blurred by a Gaussian'
+            if reference == 'pairs' else f'the statistics in {reference}')
+    text = f'{found["quality"][f"best_of_{most}_blur_0"]["images"]:,} images beside {real}. '
+    if found['network'] == 'words':
         text += ('The features are those of a small network trained here on the same kind of '
                  'pictures. They stand in for Inception, and these numbers can be compared with '
-                 'nothing else.')
-    data = result['settings']['paper'] if name == 'fid' else ''
+                 'nothing else. ')
+    if 'other_scenes' in found['quality']:
+        text += ('The last row is what as many other real scenes come to. Their captions are '
+                 'others; those of the samples are the captions of the real images, so that good '
+                 'samples come nearer, and KID, which takes both for independent, falls below 0.')
+    data = result['settings']['paper'] if found['network'] == 'inception' else ''
     charts = []
-    for metric, of_paper in ((name, paper.FID), ('inception_score', paper.IS)):
+    for metric, of_paper in ((fid, paper.FID), (score, paper.IS)):
         by_radius = {what: sorted((r, entry[metric]) for (n, r), entry in kept.items()
-                                  if n == most and metric in entry)}
-        if metric == 'inception_score':
+                                  if n == most)}
+        if metric == score:
             by_radius['real images'] = sorted(
                 (float(key.rpartition('_')[2]), entry[metric])
                 for key, entry in found['quality'].items() if key.startswith('real'))
@@ -62,23 +72,23 @@ def quality(result: Mapping, split: str) -> list[str]:
         if len(by_radius[what]) > 1:
             charts.append(report.curves(_series(by_radius), TITLES[metric], 'blur radius, pixels'))
         by_number = {what.replace(f' {most}', ' N'): sorted(
-            (math.log2(n), entry[metric]) for (n, r), entry in kept.items()
-            if not r and metric in entry)}
+            (math.log2(n), entry[metric]) for (n, r), entry in kept.items() if not r)}
         if data == 'coco':
-            values = paper.RERANKED['fid' if metric == name else metric]
+            values = paper.RERANKED[metric]
             by_number['DALL-E (paper)'] = [(math.log2(n), v)
                                            for n, v in zip(paper.NUMBERS, values)]
         if len(next(iter(by_number.values()))) > 1:
             charts.append(report.curves(_series(by_number), TITLES[metric],
                                         'candidates N, log2'))
     rows = [(f'best of {n}' if result['settings']['run'] else 'given', f'{radius:g}',
-             entry[name], entry.get('inception_score'), entry.get('kid'))
+             entry[fid], entry[score], entry.get(kid))
             for (n, radius), entry in sorted(kept.items())]
     if 'other_scenes' in found['quality']:
         entry = found['quality']['other_scenes']
-        rows.append(('other real scenes', '0', entry[name], entry['inception_score'], entry['kid']))
-    header = ('', 'blur', TITLES[name], 'IS', 'KID')
-    return [report.section('How good and how varied', text, *charts, report.table(rows, header))]
+        rows.append(('other real scenes', '0', entry[fid], entry[score], entry[kid]))
+    header = ('', 'blur', *(TITLES[key] for key in (fid, score, kid)))
+    return [report.section(f'How good and how varied: {split}', text, *charts,
+                           report.table(rows, header))]
 
 
 def _condition(key):
@@ -125,10 +135,12 @@ def _subtitle(result):
     return f"Beside {result['settings']['path']}: {of_splits}"
 
 
-def _made_with(result):
+def _made_with(workdir, result):
     rows = [(f'{part}: {key}', json.dumps(value)) for part in ('settings', 'weights', 'software')
             for key, value in result[part].items()]
-    rows += [('device', result['device']), ('mesh', result['mesh'] or 'default')]
+    rows += [('device', result['device']), ('time, all sessions', report.duration(
+        json.loads((workdir / 'seconds.json').read_text())['seconds']))]
+    rows += [('begun with', json.dumps(result['begun_with']))] if 'begun_with' in result else []
     rows += [(f'captions of {split}', json.dumps(found))
              for split, found in result['captions'].items()]
     return report.section('What this was made with', 'result.json holds it, too, and evaluate '

@@ -12,6 +12,8 @@ from dalle_jax.data.scenes import SceneConfig
 from dalle_jax.metrics.scenes import ATTRIBUTES
 from dalle_jax.report import Fact
 
+TRAINED = {'dvae': 'dVAE', 'dalle': 'transformer', 'clip': 'CLIP',
+           'features': 'network whose features stand in for Inception'}
 SHOWN = 24  # samples of a split, the first ones: not selected
 CANDIDATE_ROWS = 4
 
@@ -40,6 +42,9 @@ def page(workdir: Path, result: Mapping, seconds: Mapping[str, float], more: Seq
     paths = {'dvae': runs.named_by(experiment.frozen['image'], dalle), 'dalle': dalle}
     if result['settings']['clip']:
         paths['clip'] = Path(result['settings']['clip'])
+    features = result['settings']['features']
+    if features and Path(features).is_dir():
+        paths['features'] = Path(features)
     config, metrics = SceneConfig(**experiment.data.scenes), flat(result)
     blocks = [report.facts(_tiles(metrics, seconds))]
     if seconds:
@@ -157,12 +162,13 @@ def _training(paths):
         records = report.read_metrics(path / 'metrics.jsonl')
         charts = []
         for metric in {'dvae': ('reconstruction', 'psnr', 'codes_used', 'temperature'),
-                       'dalle': ('image', 'text'), 'clip': ('loss', 'accuracy')}[name]:
+                       'dalle': ('image', 'text'), 'clip': ('loss', 'accuracy'),
+                       'features': ('words', 'precision')}[name]:
             series = {kind: tuple(zip(*[(r['step'], r[metric]) for r in records
                                         if r['kind'] == kind and metric in r]))
                       for kind in ('train', 'valid')}
             charts.append(report.curves({k: v for k, v in series.items() if v}, metric))
-        blocks.append(report.section(f'Training of the {name}', '', *charts))
+        blocks.append(report.section(f'Training of the {TRAINED[name]}', '', *charts))
     if (paths['dalle'] / 'snapshot.npz').exists():
         with np.load(paths['dalle'] / 'snapshot.npz') as stored:
             maps = {key.removeprefix('matrix/'): stored[key] for key in stored.files

@@ -1,10 +1,10 @@
 """How good and how varied images are, beside real ones: FID, IS and KID after any blur.
 
-A set of images goes once through a network, whose features and logits become a Measured; those of
-two sets become numbers. Which network it is, is the caller's business.
+A set of images goes once through a network for every blur; features and logits become a Measured,
+and those of two sets become numbers. Which network it is, is the caller's business.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,41 +33,57 @@ class Measured(NamedTuple):
 
 
 def measure(network: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-            parts: Iterable[np.ndarray], radius: float, splits: int, keep: bool = False
-            ) -> Measured:
-    """Looks at images after a blur.
+            parts: Iterable[np.ndarray], radii: Sequence[float], splits: int, keep: bool = False
+            ) -> dict[float, Measured]:
+    """Looks at images once, after each of several blurs.
 
     Args:
       network: uint8 images [B, H, W, 3] -> features float32 [B, D], logits float32 [B, C].
       parts: the images, some at a time.
-      radius: of the blur, in pixels.
+      radii: of the blurs, in pixels.
       splits: parts of the Inception Score.
-      keep: the features, for KID.
+      keep: the features of images that are not blurred, for KID.
+
+    Returns:
+      radius -> what remains.
 
     Raises:
       ValueError: too few images for their moments, features that are not finite.
     """
-    moments, waiting, kept, logits = None, [], [], []
+    looks = {radius: _Look() for radius in radii}
     for part in parts:
-        features, classes = network(blur(part, radius))
-        logits.append(classes)
-        waiting.append(features)
+        for radius, look in looks.items():
+            look.add(*network(blur(part, radius)), keep and not radius)
+    return {radius: look.measured(splits) for radius, look in looks.items()}
+
+
+class _Look:
+    """What is known of images so far."""
+
+    def __init__(self):
+        self._moments, self._waiting, self._kept, self._logits = None, [], [], []
+
+    def add(self, features, logits, keep):
+        self._logits.append(logits)
+        self._waiting.append(features)
         if keep:
-            kept.append(features)
-        if sum(map(len, waiting)) >= ROWS:
-            moments, waiting = _add(moments, waiting), []
-    if waiting:
-        moments = _add(moments, waiting)
-    if moments is None:
-        raise ValueError('there are no images to measure')
-    score = fid.inception_score(np.concatenate(logits), splits)
-    return Measured(moments.count, fid.gaussian(moments), score,
-                    np.concatenate(kept) if keep else None)
+            self._kept.append(features)
+        if sum(map(len, self._waiting)) >= ROWS:
+            self._merge()
 
+    def _merge(self):
+        new = fid.moments(np.concatenate(self._waiting))
+        self._moments = fid.merge(self._moments, new) if self._moments else new
+        self._waiting = []
 
-def _add(moments, waiting):
-    new = fid.moments(np.concatenate(waiting))
-    return new if moments is None else fid.merge(moments, new)
+    def measured(self, splits):
+        if self._waiting:
+            self._merge()
+        if not self._moments:
+            raise ValueError('there are no images to measure')
+        score = fid.inception_score(np.concatenate(self._logits), splits)
+        return Measured(self._moments.count, fid.gaussian(self._moments), score,
+                        np.concatenate(self._kept) if self._kept else None)
 
 
 def compare(found: Measured, real: Measured, subsets: int, size: int) -> dict[str, Any]:

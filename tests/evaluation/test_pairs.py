@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data.records import BadRecord, Record
-from dalle_jax.metrics import pairs as lib
+from dalle_jax.evaluation import pairs as lib
 
 
 def png(value, side=8):
@@ -57,17 +57,37 @@ def test_all_that_differ_in_their_order():
 
 
 def test_names_that_are_left_out():
-    kept = choose(0, exclude={'r0', 'r1'}).ids
-    assert not {'r0', 'r1'} & {name.partition('#')[0] for name in kept}
+    found = choose(0, exclude={'r0', 'r1', 'r5'})
+    assert not {'r0', 'r1'} & {name.partition('#')[0] for name in found.ids}
+    assert found.excluded == 2 and choose(0).excluded == 0  # r5 cannot be read at all
     usable = sum(len(Source()[i].captions) for i in range(20) if i not in (4, 5, 6))
     assert len(choose(usable).ids) == usable
     with pytest.raises(ValueError, match=f'{usable} captions can be used, and {usable + 1} are '
-                                         r'asked for; 3 records are left out(.|\n)*no captions'):
+                                         r'asked for; 3 records are left out, and 0 excluded(.|\n)*no captions'):
         choose(usable + 1)
 
 
 def test_images_are_those_of_the_records():
     found = choose(5)
-    images = lib.real_images(Source(), found.records, 'center', 8)
-    assert images.shape == (5, 8, 8, 3)
-    assert [int(image[0, 0, 0]) for image in images] == list(found.records)
+    for i in found.records:
+        image = lib.real_image(Source(), i, 'center', 8)
+        assert image.shape == (8, 8, 3) and int(image[0, 0, 0]) == i
+
+
+@pytest.mark.parametrize('count', [0, 1, 100, 101, 730])
+def test_threads_keep_the_order(count):
+    parts = list(lib.in_threads(lambda i: i * i, count))
+    assert sum(parts, []) == [i * i for i in range(count)]
+    assert all(len(part) == lib.PARTS for part in parts[:-1])
+
+
+def test_errors_in_threads_come_in_their_turn():
+    def fail(i):
+        if i == 150:
+            raise BadRecord('r150')
+        return i
+
+    made = lib.in_threads(fail, 300)
+    assert next(made) == list(range(100))
+    with pytest.raises(BadRecord, match='r150'):
+        next(made)

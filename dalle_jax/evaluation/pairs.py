@@ -1,0 +1,155 @@
+"""The captions that are evaluated, and the real images that belong to them.
+
+Chosen once, by a seed, and written down with a hash, so that another evaluation can take the same.
+"""
+
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Container, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dalle_jax.data import images as images_lib
+from dalle_jax.data.pipeline import Prefetch
+from dalle_jax.data.records import BadRecord
+
+EXAMPLES = 20  # bad records that are told
+PARTS = 100  # images at a time
+
+
+class Pairs(NamedTuple):
+    """Captions and where their images are.
+
+    Attributes:
+      ids: of each caption: name of its record, '#', number of the caption in it.
+      captions: as in the data.
+      records: index of each caption's record in the source.
+      left_out: why records could not be used, the first of them.
+      left_out_count: how many of them.
+      excluded: how many were left out by their names.
+    """
+
+    ids: tuple[str, ...]
+    captions: tuple[str, ...]
+    records: tuple[int, ...]
+    left_out: tuple[str, ...] = ()
+    left_out_count: int = 0
+    excluded: int = 0
+
+    @property
+    def hash(self) -> str:
+        """Of ids and captions, in their order."""
+        text = '\n'.join(f'{i}\t{caption}' for i, caption in zip(self.ids, self.captions))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def choose(source: Any, count: int, seed: int, crop: str, size: int,
+           exclude: Container[str] = (), say: Callable[[str], None] = print) -> Pairs:
+    """Captions of a source, at random and without repetition.
+
+    Args:
+      source: of records, see data/records.py.
+      count: captions wanted; 0: all that differ, in the order of the records (as of CUB in Ramesh
+        et al. 2021, sec. 3.1).
+      seed: of the choice.
+      crop, size: how images are brought to size; those that cannot be are left out with their
+        captions.
+      exclude: names of records that are left out.
+      say: is told now and then how far it is: the image of every record is decoded.
+
+    Raises:
+      ValueError: there are fewer usable captions.
+    """
+    problems, found, excluded = [], {}, 0
+    pairs = [(i, k) for i in range(len(source)) for k in range(_captions(source, i, problems))]
+    if count:
+        pairs = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
+    order = list(dict.fromkeys(i for i, _ in pairs))
+    looked_at = itertools.chain.from_iterable(in_threads(
+        lambda n: _look(source, order[n], crop, size), len(order)))
+    chosen, seen, told = [], set(), time.monotonic()
+    for i, k in pairs:
+        if count and len(chosen) == count:
+            break
+        if time.monotonic() - told > 5:
+            say(f'{len(chosen):,}/{count or len(pairs):,} captions chosen')
+            told = time.monotonic()
+        if i not in found:
+            record, problem = next(looked_at)
+            if problem:
+                problems.append(problem)
+            elif record.name in exclude:
+                excluded, record = excluded + 1, None
+            found[i] = record and (record.name, record.captions)  # without the image
+        if not found[i]:
+            continue
+        name, captions = found[i]
+        if count or captions[k] not in seen:
+            seen.add(captions[k])
+            chosen.append((f'{name}#{k}', captions[k], i))
+    if len(chosen) < max(count, 1):
+        raise ValueError(f'{len(chosen)} captions can be used, and {count or "some"} are asked '
+                         f'for; {len(problems)} records are left out, and {excluded} excluded'
+                         + ''.join(f'\n  {why}' for why in problems[:4]))
+    ids, captions, records = zip(*chosen)
+    return Pairs(ids, captions, records, tuple(problems[:EXAMPLES]), len(problems), excluded)
+
+
+def _captions(source, i, problems):
+    """How many captions a record has."""
+    of_record = getattr(source, 'captions', lambda i: source[i].captions)
+    try:
+        return len(of_record(i))
+    except BadRecord as error:
+        problems.append(str(error))
+        return 0
+
+
+def _look(source, i, crop, size):
+    """(record, None), or (None, why it cannot be used)."""
+    try:
+        record = source[i]
+        _cut(record, crop, size)
+    except BadRecord as error:
+        return None, str(error)
+    return record, None
+
+
+def real_image(source: Any, i: int, crop: str, size: int) -> np.ndarray:
+    """The image of a record, uint8 [size, size, 3].
+
+    Raises:
+      BadRecord: it cannot be used.
+    """
+    return _cut(source[i], crop, size)
+
+
+def _cut(record, crop, size):
+    image = images_lib.decode(record.image, record.name)
+    # 'center' and 'none' draw no random numbers.
+    return images_lib.crop(crop, image, size, np.random.default_rng(0), record.name)
+
+
+def in_threads(function: Callable[[int], Any], count: int) -> Iterator[list]:
+    """function(i) for i < count, PARTS at a time and in order, made ahead by a thread for each CPU.
+
+    An error is raised where its part would have come.
+    """
+    workers = os.cpu_count()
+    with Prefetch(_Parts(function, count), 0, -(-count // PARTS), 1, workers, workers + 1) as made:
+        for _, part in made:
+            yield part
+
+
+class _Parts(NamedTuple):
+    """As Prefetch asks for its batches."""
+
+    function: Callable[[int], Any]
+    count: int
+
+    def batch(self, number):
+        begin = number * PARTS
+        return [self.function(i) for i in range(begin, min(begin + PARTS, self.count))]
