@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from dalle_jax import config as config_lib
 from dalle_jax import plots, report, runs
@@ -190,13 +190,10 @@ def _text(value):
 
 
 def main(argv):
-    try:
-        run(argv[1:], FLAGS.out)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+    run(argv[1:], FLAGS.out)
 
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_string('out', None, 'HTML file that the page is written to.', required=True)
-    app.run(main)
+    runs.start(main)

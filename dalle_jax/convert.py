@@ -150,4 +150,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('encoder', '', "encoder.pkl of OpenAI's dVAE.")
     flags.DEFINE_string('decoder', '', 'decoder.pkl of it.')
     flags.DEFINE_string('out', None, 'Directory of the run that is written.', required=True)
-    app.run(main)
+    runs.start(main)

@@ -325,4 +325,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('crops', 1, 'Random crops of each training image.')
     flags.DEFINE_integer('batch', 64, 'Images encoded at once.')
     flags.mark_flag_as_required('config')
-    app.run(main)
+    runs.start(main)

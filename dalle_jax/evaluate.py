@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import platform
-import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -33,7 +32,6 @@ from dalle_jax.generate import Model
 from dalle_jax.metrics import quality
 from dalle_jax.progress import Images
 from dalle_jax.runs import say
-from dalle_jax.training.checkpoint import CheckpointError
 
 SHOWN = 24  # images of the report
 SOFTWARE = ('dalle_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'sentencepiece')
@@ -51,6 +49,7 @@ def run(config, workdir: str | Path) -> dict[str, Any]:
     values = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
     options = config_lib.build(EvaluateConfig, values, '')
     out, started = Path(workdir), time.monotonic()
+    runs.start_jax()
     model = Model(options.run, options.clip or None, options.mesh) if options.run else None
     if model and model.run.experiment.model != 'dalle':
         raise runs.RunError(f'{options.run} is a {model.run.experiment.model} run; give a DALL-E '
@@ -327,16 +326,12 @@ def reproduce(path: str | Path, workdir: str | Path) -> list[str]:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f'unexpected argument {argv[1]!r}')
-    try:
-        if not FLAGS.reproduce:
-            if CONFIG.value is None:
-                raise ValueError('give --config, or --reproduce with a result.json')
-            run(CONFIG.value, FLAGS.workdir)
-            return 0
-        differing = reproduce(FLAGS.reproduce, FLAGS.workdir)
-    except (ValueError, FileNotFoundError, runs.RunError, CheckpointError) as error:
-        print(f'evaluate: {error}', file=sys.stderr)
-        return 2
+    if not FLAGS.reproduce:
+        if CONFIG.value is None:
+            raise ValueError('give --config, or --reproduce with a result.json')
+        run(CONFIG.value, FLAGS.workdir)
+        return 0
+    differing = reproduce(FLAGS.reproduce, FLAGS.workdir)
     for line in differing:
         say(line)
     say(f'{len(differing)} numbers differ' if differing else 'every number is the same')
@@ -348,4 +343,4 @@ if __name__ == '__main__':
     CONFIG = config_lib.define_flag()
     flags.DEFINE_string('workdir', None, 'Directory the results are written to.', required=True)
     flags.DEFINE_string('reproduce', '', 'A result.json whose evaluation is done again.')
-    app.run(main)
+    runs.start(main)

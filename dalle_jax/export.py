@@ -34,6 +34,7 @@ def run(path: str | Path, out: str | Path) -> Path:
     Raises:
       RunError: no finished run there, or something is in the way. CheckpointError: damaged.
     """
+    runs.start_jax()
     loaded = [runs.load(path)]
     named = loaded[0].experiment.frozen.get('image')
     if named:
@@ -111,4 +112,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('run', None, 'Directory of a finished run.', required=True)
     flags.DEFINE_string('out', None, 'Directory in which those of the exported runs are made.',
                         required=True)
-    app.run(main)
+    runs.start(main)

@@ -26,7 +26,7 @@ from absl import app, flags
 from jax.sharding import AbstractMesh
 
 from dalle_jax import config as config_lib
-from dalle_jax import machine
+from dalle_jax import machine, runs
 from dalle_jax.inputs import make_task
 from dalle_jax.models import dalle, flash
 from dalle_jax.planning import (
@@ -186,14 +186,10 @@ def main(argv):
         for line in tables():
             print(line, flush=True)
         return 0
-    try:
-        if CONFIG.value is None or FLAGS.topology is None:
-            raise ValueError('give --config and --topology, or --table')
-        plan = run(CONFIG.value, FLAGS.topology, FLAGS.mesh, FLAGS.mode,
-                   lambda line: print(line, file=sys.stderr, flush=True))
-    except (ValueError, hardware.NoCompiler) as error:
-        print(f'plan: {error}', file=sys.stderr)
-        return 2
+    if CONFIG.value is None or FLAGS.topology is None:
+        raise ValueError('give --config and --topology, or --table')
+    plan = run(CONFIG.value, FLAGS.topology, FLAGS.mesh, FLAGS.mode,
+               lambda line: print(line, file=sys.stderr, flush=True))
     if FLAGS.json != '-':
         print('\n'.join(text.lines(plan)))
     if FLAGS.json:
@@ -215,4 +211,4 @@ if __name__ == '__main__':
     flags.DEFINE_enum('mode', 'auto', MODES, "'auto' compiles where there is a compiler.")
     flags.DEFINE_string('json', '', 'File that the plan is written to as JSON; - for the console.')
     flags.DEFINE_bool('table', False, 'Estimate the DALL-E family on all chips.')
-    app.run(main)
+    runs.start(main)

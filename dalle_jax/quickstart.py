@@ -83,4 +83,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', 'runs/quickstart', 'Directory everything is written to.')
     flags.DEFINE_bool('short', False, 'A reduced run that only shows that every stage works.')
     flags.DEFINE_integer('seed', 0, 'Seed of all stages.')
-    app.run(main)
+    runs.start(main)

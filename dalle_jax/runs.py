@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -316,6 +317,37 @@ def write_atomic(path: Path, text: str) -> None:
 def say(text: str) -> None:
     """A line on the console, at once."""
     print(text, file=sys.stdout, flush=True)
+
+
+def start(main: Callable[[list[str]], int | None]) -> None:
+    """Runs the main of a verb, after absl has read its flags, and ends the process.
+
+    Input that this package refuses ends it with a line and status 2; other errors keep their
+    traceback.
+    """
+    from absl import app
+
+    def told(argv):
+        try:
+            return main(argv)
+        except (ValueError, RuntimeError, OSError) as error:
+            if not _refused(error):
+                raise
+            print(f'{Path(sys.argv[0]).stem}: {error}', file=sys.stderr)
+            return 2
+    app.run(told)
+
+
+def _refused(error):
+    """Whether it is an error of this package's own, or of Python's but raised in its code."""
+    if type(error).__module__.startswith('dalle_jax.'):
+        return True
+    if type(error).__module__ != 'builtins' or isinstance(error, RuntimeError) or getattr(
+            error, '__notes__', ()):  # jax leaves a note where it has cut the traceback
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return any(Path(frame.f_code.co_filename).is_relative_to(place)
+               for place in (Path(__file__).parent, config_lib.EXPERIMENTS))
 
 
 def start_jax(cpu_devices: int = 1) -> None:

@@ -306,4 +306,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('image_prompt', None, 'Image of which --rows and --columns are kept.')
     flags.DEFINE_integer('rows', 0, "Token rows kept of the image prompt's top.")
     flags.DEFINE_integer('columns', 0, 'Token columns kept of its left.')
-    app.run(main)
+    runs.start(main)

@@ -296,4 +296,4 @@ if __name__ == '__main__':
     WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
     DISTRIBUTED, HEARTBEAT = distributed.define_flags()
     flags.mark_flags_as_required(['config', 'workdir'])
-    app.run(main)
+    runs.start(main)

@@ -11,15 +11,14 @@ counts what the judges have sent: majorities as in fig. 7 of Ramesh et al. 2021.
 import json
 import os
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from dalle_jax import plots, report
+from dalle_jax import plots, report, runs
 from dalle_jax.evaluation import paper
 from dalle_jax.runs import distinct_names, say, write_atomic
 from dalle_jax.vote_count import (
@@ -286,20 +285,15 @@ def _aligned(rows):
 
 
 def main(argv):
-    try:
-        if bool(FLAGS.make) == bool(FLAGS.count):
-            raise ValueError('give --make, to make a page of two directories, or --count, to count '
-                             'votes')
-        if FLAGS.make:
-            make(argv[1:], FLAGS.make, FLAGS.seed, FLAGS.limit)
-        elif not FLAGS.key:
-            raise ValueError('--count needs --key, the file that --make wrote beside the page')
-        else:
-            tell([FLAGS.count, *argv[1:]], FLAGS.key, FLAGS.exclude, FLAGS.out)
-    except ValueError as error:
-        print(f'vote: {error}', file=sys.stderr)
-        return 2
-    return 0
+    if bool(FLAGS.make) == bool(FLAGS.count):
+        raise ValueError('give --make, to make a page of two directories, or --count, to count '
+                         'votes')
+    if FLAGS.make:
+        make(argv[1:], FLAGS.make, FLAGS.seed, FLAGS.limit)
+    elif not FLAGS.key:
+        raise ValueError('--count needs --key, the file that --make wrote beside the page')
+    else:
+        tell([FLAGS.count, *argv[1:]], FLAGS.key, FLAGS.exclude, FLAGS.out)
 
 
 if __name__ == '__main__':
@@ -313,4 +307,4 @@ if __name__ == '__main__':
     flags.DEFINE_multi_string('exclude', [], 'A judge whose votes do not count; may be repeated.')
     flags.DEFINE_string('out', 'votes.html', 'The report; its numbers are written beside it as '
                         '.json.')
-    app.run(main)
+    runs.start(main)

@@ -162,7 +162,7 @@ def test_ranks_that_disagree_are_told_the_key(data, tmp_path):
     try:
         for rank in ranks:
             output = rank.communicate(timeout=120)[0]
-            assert rank.returncode == 1
+            assert rank.returncode == 2
             assert 'seed is 0 in process 0 and 1 in process 1' in output
     finally:
         for rank in ranks:

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 import dalle_jax
@@ -263,6 +264,13 @@ def test_an_exported_run_draws_the_same_images(trained, exported, model):
     for a, b in zip(model.sample(CAPTIONS, n=2, seed=3), again.sample(CAPTIONS, n=2, seed=3)):
         np.testing.assert_array_equal(a.images, b.images)
         np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def test_exporting_says_nothing_of_checkpoints(trained, tmp_path, capfd):
+    logging.set_verbosity(logging.INFO)
+    export.run(trained / 'clip', tmp_path)
+    told = capfd.readouterr()
+    assert told.err == '' and len(told.out.splitlines()) == 1
 
 
 def test_a_card_tells_what_it_is(exported):

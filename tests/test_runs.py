@@ -2,11 +2,16 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dalle_jax import config, runs
+from dalle_jax.evaluation.config import EvaluateConfig
+from dalle_jax.interop import files
+from dalle_jax.models import layers
 from dalle_jax.report import read_metrics
+from experiments import common
 
 
 def experiment(**overrides):
@@ -84,3 +89,37 @@ def test_an_unfinished_run_is_not_loaded(tmp_path):
     runs.Run(tmp_path / 'run', experiment()).close()
     with pytest.raises(runs.RunError, match='has not finished training; run its train command'):
         runs.load(tmp_path / 'run')
+
+
+# -- errors of verbs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('main,told', [
+    (lambda argv: runs.read_config('nowhere'), 'verb: nowhere is not a run'),
+    (lambda argv: files.read('nowhere'), 'verb: nowhere: no such file'),
+    (lambda argv: EvaluateConfig(), "verb: run is ''; it must be"),
+    (lambda argv: common.parse_arg('x', 'y'), "verb: unknown variant 'x'"),
+], ids=['own', 'os', 'value', 'experiment'])
+def test_wrong_input_is_a_line(main, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['somewhere/verb.py'])
+    with pytest.raises(SystemExit) as end:
+        runs.start(main)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and errors.startswith(told) and 'Traceback' not in errors
+
+
+def elsewhere(argv):
+    raise ValueError('not raised in the package')
+
+
+@pytest.mark.parametrize('main,error', [
+    (elsewhere, ValueError),
+    (lambda argv: int('x'), ValueError),
+    (lambda argv: {}['x'], KeyError),
+    # Raised by jax, which cuts its own part off the traceback.
+    (lambda argv: layers.contract('a,a->', jnp.zeros(3), jnp.zeros(4), jnp.float32), ValueError),
+], ids=['elsewhere', 'python', 'key', 'jax'])
+def test_other_errors_keep_their_traceback(main, error, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['somewhere/verb.py'])
+    with pytest.raises(error):
+        runs.start(main)
