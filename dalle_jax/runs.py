@@ -327,27 +327,29 @@ def start(main: Callable[[list[str]], int | None]) -> None:
     """
     from absl import app
 
-    def told(argv):
-        try:
-            return main(argv)
-        except (ValueError, RuntimeError, OSError) as error:
-            if not _refused(error):
-                raise
-            print(f'{Path(sys.argv[0]).stem}: {error}', file=sys.stderr)
-            return 2
-    app.run(told)
+    try:
+        app.run(main)
+    except Exception as error:
+        if not _refused(error):
+            raise
+        print(f'{Path(sys.argv[0]).stem}: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 def _refused(error):
-    """Whether it is an error of this package's own, or of Python's but raised in its code."""
+    """Whether it tells of wrong input: what this package raises, unknown keys, unreadable files."""
     if type(error).__module__.startswith('dalle_jax.'):
         return True
-    if type(error).__module__ != 'builtins' or isinstance(error, RuntimeError) or getattr(
-            error, '__notes__', ()):  # jax leaves a note where it has cut the traceback
+    if isinstance(error, OSError) and error.filename:
+        return True
+    if getattr(error, '__notes__', ()):  # jax leaves one where it has cut the traceback
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return any(Path(frame.f_code.co_filename).is_relative_to(place)
-               for place in (Path(__file__).parent, config_lib.EXPERIMENTS))
+    file = Path(frame.f_code.co_filename)
+    if 'ml_collections' in file.parts:  # the flag --config
+        return isinstance(error, AttributeError | KeyError | TypeError | ValueError)
+    return isinstance(error, ValueError | OSError) and (
+        file.is_relative_to(Path(__file__).parent) or file.is_relative_to(config_lib.EXPERIMENTS))
 
 
 def start_jax(cpu_devices: int = 1) -> None:

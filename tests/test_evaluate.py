@@ -13,7 +13,7 @@ from dalle_jax import evaluate, runs
 from dalle_jax.evaluation import candidates
 from dalle_jax.evaluation import data as data_lib
 from dalle_jax.evaluation.config import EvaluateConfig
-from dalle_jax.metrics import fid
+from dalle_jax.metrics import fid, quality
 from dalle_jax.metrics.blur import blur
 from tests.test_generate import tiny_model
 
@@ -101,6 +101,8 @@ def test_the_result_tells_what_it_was_made_with(whole, photos):
     assert json.loads((out / 'result.json').read_text()) == json.loads(json.dumps(result))
     told = result['captions']['all']
     assert told['excluded'] == 0
+    rows, width = told['drawn_at_once']
+    assert width == 4 and rows * width <= result['settings']['batch']
     assert told['captions'] == 20 and told['left_out'] <= 2
     assert json.loads((out / 'captions_all.json').read_text())['hash'] == told['hash']
     assert result['settings']['batch'] > 0 and result['weights']['inception'] == 'aa'
@@ -123,7 +125,7 @@ def test_stopped_anywhere_it_goes_on(whole, photos, tmp_path, monkeypatch, capsy
             return function(*args, **kwargs)
         monkeypatch.setattr(module, name, stopping)
 
-    for module, name, calls in ((candidates, '_write', 2), (evaluate.quality, 'measure', 3)):
+    for module, name, calls in ((candidates, '_write', 2), (quality, 'measure', 3)):
         with monkeypatch.context():
             old = getattr(module, name)
             stop_in(module, name, calls)
@@ -222,6 +224,11 @@ def test_statistics_files_are_a_reference(photos, tmp_path):
                                 fid.read_gaussian(tmp_path / 'real.npz'))
     assert {k: v['fid'] for k, v in found['results']['all']['quality'].items()} == {
         'best_of_1_blur_0': pytest.approx(want, rel=1e-6)}
+    alone = evaluate.run(given('', tmp_path / 'images.npz', source='', judge='',
+                               reference=str(tmp_path / 'real.npz')), tmp_path / 'alone')
+    assert alone['captions'] == {}
+    assert alone['results']['all']['quality'] == found['results']['all']['quality']
+    assert 'Beside the statistics in' in (tmp_path / 'alone' / 'report.html').read_text()
 
 
 def test_images_that_cannot_be_judged(photos, tmp_path):
@@ -258,15 +265,33 @@ def test_images_that_cannot_be_judged(photos, tmp_path):
 
 def test_too_few_images_are_told_before_the_work(photos, tmp_path, monkeypatch):
     np.savez(tmp_path / 'few.npz', **squares(4))
-    monkeypatch.setattr(evaluate.quality, 'measure', None)
-    with pytest.raises(ValueError, match='5 features .*at least 6 images, and there are 4'):
-        evaluate.run(given(photos, tmp_path / 'few.npz'), tmp_path / 'out')
+    monkeypatch.setattr(quality, 'measure', None)
+    monkeypatch.setattr(candidates, 'draw', None)
+
+    def refuse(match, settings):
+        with pytest.raises((ValueError, FileNotFoundError, runs.RunError), match=match):
+            evaluate.run(settings, tmp_path / 'out')
+        # The directory is still free for other settings.
+        assert not {*(tmp_path / 'out').glob('*')} - {tmp_path / 'out' / 'lock'}
+
+    refuse('5 features .*at least 6 images, and there are 4', given(photos, tmp_path / 'few.npz'))
+    refuse('blur radius 5 with images of 16 pixels', options(photos, blur=[5]))
+    refuse('21 parts needs as many images, and there are 20', options(photos, score_splits=21))
+    refuse('exclude: nowhere: no such file', options(photos, exclude='nowhere'))
+    refuse("nowhere: there is no statistics file", options(photos, reference='nowhere'))
+    fid.write_gaussian(tmp_path / 'other.npz', fid.Gaussian(np.zeros(7), np.eye(7)))
+    refuse('other.npz has statistics of 7 features, and inception has 5',
+           options(photos, reference=str(tmp_path / 'other.npz')))
+    np.savez(tmp_path / 'mute.npz', **squares(25, captions=False))
+    refuse('mute.npz has no captions, so there is no CLIP score',
+           given(photos, tmp_path / 'mute.npz'))
 
 
 @pytest.mark.parametrize('changes,message', [
     ({'run': ''}, 'run is'), ({'images': 'x'}, 'run is'),
     ({'run': '', 'images': 'x'}, "clip is 'clip'; it must be '' where images are given"), ({'source': 'tokens'}, 'source is'),
-    ({'path': ''}, 'path is'), ({'crop': 'stage1'}, 'crop is'), ({'captions': -1}, 'captions is'),
+    ({'path': ''}, 'path is'),
+    ({'source': ''}, "source is ''; it must be scenes, folder or tfds, unless images are given"), ({'crop': 'stage1'}, 'crop is'), ({'captions': -1}, 'captions is'),
     ({'rerank': [5]}, r'rerank is \(5,\); it must be numbers from 1 to candidates, which is 4'),
     ({'blur': [-1]}, 'blur is'), ({'paper': 'imagenet'}, 'paper is'), ({'splits': []}, 'splits')])
 def test_settings_that_cannot_be(changes, message):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +100,8 @@ def test_an_unfinished_run_is_not_loaded(tmp_path):
     (lambda argv: files.read('nowhere'), 'verb: nowhere: no such file'),
     (lambda argv: EvaluateConfig(), "verb: run is ''; it must be"),
     (lambda argv: common.parse_arg('x', 'y'), "verb: unknown variant 'x'"),
-], ids=['own', 'os', 'value', 'experiment'])
+    (lambda argv: Path('nowhere').read_text(), 'verb: [Errno 2] No such file'),
+], ids=['own', 'os', 'value', 'experiment', 'elsewhere'])
 def test_wrong_input_is_a_line(main, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['somewhere/verb.py'])
     with pytest.raises(SystemExit) as end:
@@ -123,3 +125,11 @@ def test_other_errors_keep_their_traceback(main, error, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['somewhere/verb.py'])
     with pytest.raises(error):
         runs.start(main)
+
+
+def test_a_misspelt_key_is_a_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-m', 'dalle_jax.evaluate', '--config', 'experiments/evaluate.py:scenes',
+         '--config.blr=3', '--workdir', str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('evaluate: ')
+    assert 'Did you mean "blur"' in done.stderr and 'Traceback' not in done.stderr

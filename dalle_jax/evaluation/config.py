@@ -14,8 +14,9 @@ class EvaluateConfig:
         where images are given.
       judge: directory of another CLIP run, for the CLIP score; '': that of `clip`.
       images: folder or .npz of images that are judged in place of a run's, see evaluation/data.py.
-      source, path, scenes: where captions and real images are from, as in an experiment's data;
-        'scenes' takes the scenes of the run.
+      source, path: where captions and real images are from, as in an experiment's data; 'scenes'
+        takes the scenes of the run. '' where images are given and compared with a file of
+        statistics: there are none.
       splits: of the source, judged one by one.
       crop: how real images are brought to the size of those drawn: 'center' or 'none'.
       exclude: file with names of records that are left out, one a line, such as images that were
@@ -84,14 +85,18 @@ class EvaluateConfig:
               'the directory of a DALL-E run, unless images names images to judge instead')
         check('clip', not self.clip or bool(self.run), "'' where images are given, among which "
               'nothing is chosen; judge names the CLIP of the score')
-        check('source', self.source in ('scenes', 'folder', 'tfds'), 'scenes, folder or tfds')
-        check('path', bool(self.path) != (self.source == 'scenes'),
+        check('source', self.source in ('scenes', 'folder', 'tfds', ''),
+              "scenes, folder, tfds or ''")
+        check('source', bool(self.source) or self.images and self.reference != 'pairs',
+              'scenes, folder or tfds, unless images are given and reference names a file')
+        check('path', bool(self.path) == (self.source in ('folder', 'tfds')),
               "the directory that the source reads, and '' for scenes")
         check('source', not self.images or self.source != 'scenes',
-              'folder or tfds where images are given: scenes are those of a run')
+              "folder, tfds or '' where images are given: scenes are those of a run")
         check('crop', self.crop in ('center', 'none'), "'center' or 'none'")
         check('splits', bool(self.splits) and (not self.images or len(self.splits) == 1),
               'the names of splits; one where images are given')
+        check('reference', bool(self.reference), "'pairs', or a file of statistics")
         check('captions', self.captions > 0 or not self.captions and self.source != 'scenes',
               'positive; or 0, all that differ, where the source is not scenes, which never end')
         check('rerank', all(1 <= n <= self.candidates for n in self.rerank),

@@ -36,6 +36,9 @@ class Real:
         self._options, self._split, self._size = options, split, size
         self._exclude, self.scenes, self._pairs = set(), None, None
         if options.exclude:
+            if not Path(options.exclude).is_file():
+                raise FileNotFoundError(f'exclude: {options.exclude}: no such file; give one with '
+                                        'a name a line')
             self._exclude = set(Path(options.exclude).read_text().split('\n')) - {''}
         if options.source == 'scenes':
             self.scenes = self._source = _scenes(model, split, options.captions, options.seed)
@@ -44,9 +47,9 @@ class Real:
                                 valid_crop=options.crop)
             self._source = open_source(config, 'valid')
 
-    def choose(self, path: Path) -> Pairs:
-        """The captions, chosen now or read from `path`, where they are written down."""
-        if path.exists():
+    def choose(self, path: Path | None) -> Pairs:
+        """The captions, chosen now, or read from `path` where they are written down."""
+        if path and path.exists():
             stored = json.loads(path.read_text())
             self._pairs = Pairs(**{name: tuple(value) if isinstance(value, list) else value
                                    for name, value in stored['pairs'].items()})
@@ -64,8 +67,6 @@ class Real:
             if options.exclude:
                 runs.say(f'{self._split}: {self._pairs.excluded} records have names that '
                          f'{options.exclude} excludes; taken are {self._pairs.ids[0]!r} and others')
-        runs.write_atomic(path, json.dumps({'hash': self._pairs.hash,
-                                            'pairs': self._pairs._asdict()}, indent=1))
         return self._pairs
 
     def others(self) -> Iterator[np.ndarray]:

@@ -132,7 +132,9 @@ def _shown(workdir, split):
 def _subtitle(result):
     of_splits = '; '.join(f"{found['captions']:,} captions of {split} (hash {found['hash']})"
                           for split, found in result['captions'].items())
-    return f"Beside {result['settings']['path']}: {of_splits}"
+    settings = result['settings']
+    return f"Beside {settings['path']}: {of_splits}" if of_splits else (
+        f"Beside the statistics in {settings['reference']}")
 
 
 def _made_with(workdir, result):
