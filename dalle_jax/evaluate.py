@@ -11,6 +11,7 @@ does all of it again and compares every number, to the last digit.
 """
 
 import dataclasses
+import hashlib
 import json
 import platform
 import time
@@ -27,6 +28,7 @@ from dalle_jax import drawing, report, runs
 from dalle_jax.evaluation import data as data_lib, numbers, page, scenes
 from dalle_jax.evaluation.config import EvaluateConfig
 from dalle_jax.generate import Model
+from dalle_jax.metrics import quality
 from dalle_jax.runs import say
 
 SOFTWARE = ('dalle_jax', 'jax', 'jaxlib', 'flax', 'numpy', 'pillow', 'sentencepiece')
@@ -88,6 +90,7 @@ def _open(options, out):
                                     options.mesh)
     given = data_lib.Given(options.images) if options.images else None
     size = given.side if given else model.image_run.config.image_size
+    reference = None if options.reference == 'pairs' else quality.read(Path(options.reference))
     real = {split: data_lib.Real(options, split, size, model)
             for split in options.splits if options.source}
     stored = out / 'evaluate.json'
@@ -96,7 +99,7 @@ def _open(options, out):
         options = dataclasses.replace(options, batch=(
             json.loads(stored.read_text())['settings']['batch'] if stored.exists() else
             model.fit(options.sampling, options.captions or 10**6).batch))
-    return numbers.Opened(options, out, model, judge, network, given, real, {})
+    return numbers.Opened(options, out, model, judge, network, given, reference, real, {})
 
 
 def _of_captions(opened, pairs, file):
@@ -117,7 +120,11 @@ def _made_with(opened):
         weights['judge'] = opened.judge.fingerprints['clip']
     if opened.network:
         weights[opened.network.name] = opened.network.fingerprint
-    return {'weights': weights,
+    inputs = {'images': opened.given.fingerprint} if opened.given else {}
+    if opened.reference:
+        inputs['reference'] = hashlib.sha256(
+            Path(opened.options.reference).read_bytes()).hexdigest()[:16]
+    return {'weights': weights, 'inputs': inputs,
             'software': {name: metadata.version(name) for name in SOFTWARE}
             | {'python': platform.python_version()},
             'device': f'{jax.device_count()} x {device.device_kind or device.platform}, '
@@ -128,16 +135,16 @@ def _begun(out: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a directory was begun with; None if it is new.
 
     Raises:
-      RunError: with other settings or weights.
+      RunError: with other settings, weights or images.
     """
     stored = out / 'evaluate.json'
     if not stored.exists():
         return None
     old, now = json.loads(stored.read_text()), json.loads(json.dumps(now))
-    runs.check_same(*({**one['settings'], **{f'weights of {name}': value for name, value
-                                             in one['weights'].items()}} for one in (old, now)),
-                    f'{out} holds an evaluation with other settings or weights',
-                    'Give another --workdir, or remove it')
+    runs.check_same(*({**one['settings'], **{
+        f'hash of {name}': value for name, value in {**one['weights'], **one['inputs']}.items()}}
+        for one in (old, now)), f'{out} holds an evaluation with other settings, weights or images',
+        'Give another --workdir, or remove it')
     for key in ('software', 'device'):
         if old[key] != now[key]:
             say(f'{out} was begun with another {key}, {json.dumps(old[key])}; a part of its '
@@ -168,18 +175,19 @@ def write_report(workdir: str | Path, path: str | Path, seconds: Mapping[str, fl
 def reproduce(path: str | Path, workdir: str | Path) -> list[str]:
     """Evaluates as a result.json says, in another directory; returns the numbers that differ.
 
+    Other weights, inputs, software, devices or captions are told on the console.
+
     Raises:
-      ValueError: the file is no result. RunError: weights or software are not those of the result;
-        names them.
+      ValueError: the file is no result.
     """
     old = json.loads(Path(path).read_text())
-    if not {'settings', 'results', 'weights', 'software'} <= old.keys():
-        raise ValueError(f'{path} is no result of evaluate: it lacks settings, results, weights or '
-                         'software')
+    made_with = ('weights', 'inputs', 'software', 'device', 'captions')
+    if lacking := sorted({'settings', 'results', *made_with} - old.keys()):
+        raise ValueError(f'{path} is no result of evaluate: it lacks {", ".join(lacking)}')
     if 'begun_with' in old:
         say(f'{path} was begun with other software or on another device, so numbers may differ')
     new = run(old['settings'], workdir)
-    for key in ('weights', 'software', 'device', 'captions'):
+    for key in made_with:
         if old[key] != new[key]:
             say(f'NOT the same: {key} were {json.dumps(old[key])} and are {json.dumps(new[key])}')
     before, after = (config_lib.flatten(r['results']) for r in (old, new))

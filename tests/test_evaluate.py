@@ -208,6 +208,10 @@ def test_a_folder_is_judged_like_its_arrays(photos, tmp_path):
     found = [evaluate.run(given(photos, tmp_path / name), tmp_path / f'out_{name}')
              for name in ('images.npz', 'folder')]
     assert found[0]['results'] == found[1]['results']
+    assert found[0]['inputs'] == found[1]['inputs'] != {}
+    np.savez(tmp_path / 'images.npz', **arrays | {'images': arrays['images'][::-1]})
+    with pytest.raises(runs.RunError, match='holds an evaluation with other .*: hash of images'):
+        evaluate.run(given(photos, tmp_path / 'images.npz'), tmp_path / 'out_images.npz')
     quality = found[0]['results']['all']['quality']
     assert quality['best_of_1_blur_0']['images'] == 25 and 'best_of_1_blur_1' in quality
     assert found[0]['results']['all']['clip_score'] == pytest.approx(100 * tiny_model().score(
@@ -226,7 +230,8 @@ def test_statistics_files_are_a_reference(photos, tmp_path):
         'best_of_1_blur_0': pytest.approx(want, rel=1e-6)}
     alone = evaluate.run(given('', tmp_path / 'images.npz', source='', judge='',
                                reference=str(tmp_path / 'real.npz')), tmp_path / 'alone')
-    assert alone['captions'] == {}
+    assert alone['captions'] == {} and alone['inputs'] == found['inputs']
+    assert set(alone['inputs']) == {'images', 'reference'}
     assert alone['results']['all']['quality'] == found['results']['all']['quality']
     assert 'Beside the statistics in' in (tmp_path / 'alone' / 'report.html').read_text()
 

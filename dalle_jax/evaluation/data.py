@@ -1,6 +1,7 @@
 """What an evaluation reads: captions with real images, images that are given, a feature network."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import zipfile
@@ -120,6 +121,7 @@ class Given:
     Attributes:
       side: S.
       captions: of each image, or None where there are none.
+      fingerprint: of the pixels, the same for a folder and a .npz.
     """
 
     def __init__(self, path: str | Path):
@@ -133,10 +135,11 @@ class Given:
         if self._path.suffix == '.npz':
             self._images, self.captions = _read_npz(self._path)
             self._source, self.side = None, self._images.shape[1]
+            self.fingerprint = _fingerprint(map(_digest, self._images))
         else:
             self._source = FolderSource(self._path, captions_required=False)
             self.captions = self._captions()
-            self.side = self._check()
+            self.side, self.fingerprint = self._check()
 
     def __len__(self) -> int:
         return len(self._images if self._source is None else self._source)
@@ -155,9 +158,10 @@ class Given:
         return images_lib.decode(record.image, record.name)
 
     def _look(self, index):
-        """(height, width), or why the image cannot be read."""
+        """(height, width) and a digest, or why the image cannot be read."""
         try:
-            return self._image(index).shape[:2]
+            image = self._image(index)
+            return image.shape[:2], _digest(image)
         except BadRecord as error:
             return str(error)
 
@@ -171,8 +175,8 @@ class Given:
         return tuple(found)
 
     def _check(self):
-        """The side of all images."""
-        names, sides, bad = self._source.images, {}, []
+        """(the side of all images, their fingerprint)."""
+        names, sides, bad, digests = self._source.images, {}, [], []
         stems = Counter(name.rpartition('.')[0] for name in names)
         twins = sorted(stem for stem, count in stems.items() if count > 1)
         if twins:
@@ -183,7 +187,8 @@ class Given:
             if isinstance(found, str):
                 bad.append(found)
             else:
-                sides.setdefault(found, name)
+                sides.setdefault(found[0], name)
+                digests.append(found[1])
         if bad:
             raise ValueError(f'{self._path}: {len(bad)} of {len(names)} images cannot be read: '
                              f'{"; ".join(bad[:4])}. Remove them: numbers of the others would '
@@ -192,7 +197,15 @@ class Given:
             told = ', '.join(f'{name}: {w} x {h}' for (h, w), name in list(sides.items())[:4])
             raise ValueError(f'{self._path}: images must be squares of one size, and there are '
                              f'{told}')
-        return shape[0]
+        return shape[0], _fingerprint(digests)
+
+
+def _digest(image):
+    return hashlib.sha256(image.tobytes()).digest()
+
+
+def _fingerprint(digests):
+    return hashlib.sha256(b''.join(digests)).hexdigest()[:16]
 
 
 def _read_npz(path):

@@ -37,6 +37,7 @@ class Opened(NamedTuple):
       judge: gives the CLIP score, or None.
       network: FID's, or None.
       given: images to judge, or None.
+      reference: what they are compared with in place of the images of the captions, or None.
       real: split -> captions and their images; {} where there is no source.
       pairs: split -> the captions that were chosen.
     """
@@ -47,6 +48,7 @@ class Opened(NamedTuple):
     judge: Model | None
     network: Network | None
     given: Given | None
+    reference: quality.Measured | None
     real: dict[str, Real]
     pairs: dict[str, Pairs]
 
@@ -65,15 +67,15 @@ def check(opened: Opened) -> None:
         return
     for radius in filter(None, options.blur):
         matrix(given.side if given else opened.model.image_run.config.image_size, radius)
-    if options.reference != 'pairs':
-        size = len(quality.read(Path(options.reference)).gaussian.mean)
+    if opened.reference:
+        size = len(opened.reference.gaussian.mean)
         if size != network.size:
             raise ValueError(f'{options.reference} has statistics of {size} features, and '
                              f'{network.name} has {network.size}; give statistics of the same '
                              'network')
     for split in options.splits:
         counts = [opened.count(split)]
-        if options.reference == 'pairs':
+        if not opened.reference:
             counts.append(len(opened.pairs[split].ids))
         if min(counts) <= network.size:
             raise ValueError(
@@ -166,8 +168,8 @@ def _quality(opened, split, real_images, images):
                 for key, value in entry.items()}
 
     values, most = {}, max(options.conditions)
-    of_real = (measured('real', real_images, options.conditions[most], keep=True)
-               if options.reference == 'pairs' else {0: quality.read(Path(options.reference))})
+    of_real = {0: opened.reference} if opened.reference else measured(
+        'real', real_images, options.conditions[most], keep=True)
     for n, radii in options.conditions.items():
         found = measured(f'best_of_{n}', functools.partial(images, n),
                          [radius for radius in radii if radius in of_real], keep=n == most)

@@ -138,7 +138,8 @@ def _subtitle(result):
 
 
 def _made_with(workdir, result):
-    rows = [(f'{part}: {key}', json.dumps(value)) for part in ('settings', 'weights', 'software')
+    rows = [(f'{part}: {key}', json.dumps(value))
+            for part in ('settings', 'weights', 'inputs', 'software')
             for key, value in result[part].items()]
     rows += [('device', result['device']), ('time, all sessions', report.duration(
         json.loads((workdir / 'seconds.json').read_text())['seconds']))]
