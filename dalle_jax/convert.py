@@ -44,6 +44,13 @@ def run(kind: str, files: Mapping[str, str], out: str) -> dict[str, Any] | None:
     runs.start_jax()
     config, params, tokenizer = {'clip': _clip, 'dvae': _dvae, 'vqgan': _vqgan}[kind](**files)
     sources = {role: {'file': str(path), 'sha256': _sha256(path)} for role, path in files.items()}
+    done = Path(out) / 'done.json'
+    if done.exists():
+        held = json.loads(done.read_text()).get('sources', {})
+        if [s['sha256'] for s in held.values()] != [s['sha256'] for s in sources.values()]:
+            raise runs.RunError(f'{out} holds other weights; give another --out')
+        runs.say(f'{out} is finished')
+        return None
     log = runs.Run(out, _experiment(kind, config, files), started)
     try:
         return _write(log, params, tokenizer, sources)
@@ -56,13 +63,6 @@ def _write(log, params, tokenizer, sources):
 
     from dalle_jax.training.checkpoint import Checkpoints
 
-    done = log.path / 'done.json'
-    if done.exists():
-        held = json.loads(done.read_text()).get('sources', {})
-        if [s['sha256'] for s in held.values()] != [s['sha256'] for s in sources.values()]:
-            raise runs.RunError(f'{log.path} holds other weights; give another --out')
-        log.say(f'{log.path} is finished')
-        return None
     shutil.rmtree(log.path / 'checkpoints', ignore_errors=True)  # of a session that was stopped
     checkpoints = Checkpoints(log.path / 'checkpoints')
     checkpoints.save(0, {'params': params})

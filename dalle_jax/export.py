@@ -23,8 +23,8 @@ from dalle_jax.interop import files
 from dalle_jax.runs import Loaded, say
 from dalle_jax.training.partition import named_leaves
 
-# Of done.json, what a card tells.
-FACTS = ('step', 'parameters', 'loss', 'image', 'text', 'text_nats_per_real_token', 'psnr_hard',
+# Of done.json, what a card tells: what was measured.
+FACTS = ('loss', 'image', 'text', 'text_nats_per_real_token', 'psnr_hard',
          'accuracy', 'bad_records')
 
 
@@ -43,14 +43,23 @@ def run(path: str | Path, out: str | Path) -> Path:
     if len({str(target) for target in targets}) < len(targets):
         raise runs.RunError(f'{path} and its image tokenizer are both called {targets[0].name}; '
                             'rename the directory of one of them')
-    for target in targets:
+    if named and _holds(targets[1], loaded[1]):  # it came with another DALL-E
+        say(f'{targets[1]} is there already')
+        del loaded[1]
+    for _, target in zip(loaded, targets):
         if target.exists():
             raise runs.RunError(f'{target} exists; remove it or give another --out')
-    for found, target in zip(loaded, targets):
+    for found, target in reversed([*zip(loaded, targets)]):  # what is named before what names it
         _write(found, target, targets[-1].name if named else '')
         size = (target / 'model.safetensors').stat().st_size
         say(f'{target}: {found.experiment.model} of step {found.step:,}, {size:,} bytes')
     return targets[0]
+
+
+def _holds(target: Path, found: Loaded) -> bool:
+    """Whether a directory is this run, exported."""
+    return (target / 'model.safetensors').exists() and (
+        runs.fingerprint(runs.load(target).params) == runs.fingerprint(found.params))
 
 
 def _write(found: Loaded, target: Path, tokenizer: str) -> None:
@@ -62,7 +71,12 @@ def _write(found: Loaded, target: Path, tokenizer: str) -> None:
         experiment = dataclasses.replace(experiment, frozen={'image': tokenizer})
     else:
         experiment = dataclasses.replace(experiment, frozen={})
+    # Not where on the author's machine they are.
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(
+        experiment.data, path=Path(experiment.data.path).name))
     done = json.loads((found.path / 'done.json').read_text())
+    for source in done.get('sources', {}).values():
+        source['file'] = Path(source['file']).name
     fingerprint = runs.fingerprint(found.params)
     files.write(part / 'model.safetensors', dict(named_leaves(found.params)), {
         'format': 'dalle_jax', 'model': experiment.model, 'fingerprint': fingerprint})
@@ -78,26 +92,39 @@ def _card(found: Loaded, done: dict, fingerprint: str, tokenizer: str) -> str:
     experiment = found.experiment
     data = experiment.data
     count = sum(np.size(x) for x in jax.tree.leaves(found.params))
-    use = {'dalle': "model.sample(['a caption'], n=8, seed=0)",
-           'clip': 'model.score(captions, images)'}.get(experiment.model, 'model.encode(images)')
+    name = found.path.resolve().name
+    use = ['```python', 'import dalle_jax', '', f"model = dalle_jax.load('{name}')", {
+        'dalle': "model.sample(['a caption'], n=8, seed=0)",
+        'clip': 'model.score(captions, images)'}.get(experiment.model, 'model.encode(images)'),
+        '```']
+    if experiment.model == 'words':
+        use = [f'`evaluate --config.features={name}` measures images through it.']
     sizes = [f'| {key} | {json.dumps(value)} |'
              for key, value in json.loads(json.dumps(dataclasses.asdict(found.config))).items()]
     facts = [f'| {key} | {done[key]:.6g} |' for key in FACTS if key in done]
     beside = f'\nIts image tokenizer is `../{tokenizer}`, which must lie beside it.\n'
+    author = ('What the data are, who may use this model and for what, and what it should not be '
+              'used for, is for its author to say here.')
+    if 'sources' in done:
+        origin = 'converted from published weights by'
+        training = [
+            'Where these weights are from:', '', '| file | SHA-256 |', '| --- | --- |',
+            *(f'| {source["file"]} | {source["sha256"]} |' for source in done['sources'].values()),
+            '', author]
+    else:
+        origin = 'trained with'
+        training = [
+            f'Data: `{data.source}`{f" {Path(data.path).name}" if data.path else ""}, batches of '
+            f'{data.batch_size}, {experiment.loop.steps:,} steps, seed {experiment.seed}. {author}',
+            '', 'Measured on held-out data at the end of training:', '',
+            '| | |', '| --- | --- |', *facts]
     return '\n'.join([
-        f'# {found.path.resolve().name}', '',
-        f'A `{experiment.model}` of {count:,} parameters, trained with dalle_jax '
+        f'# {name}', '',
+        f'A `{experiment.model}` of {count:,} parameters, {origin} dalle_jax '
         f'{dalle_jax.__version__} and exported from step {found.step:,}.',
         beside if experiment.model == 'dalle' and tokenizer else '',
-        '```python', 'import dalle_jax', '',
-        f"model = dalle_jax.load('{found.path.resolve().name}')", use, '```', '',
-        '## Training', '',
-        f'Data: `{data.source}`{f" {Path(data.path).name}" if data.path else ""}, batches of '
-        f'{data.batch_size}, {experiment.loop.steps:,} steps, seed {experiment.seed}. What the '
-        'data are, who may use this model and for what, and what it should not be used for, is for '
-        'its author to say here.', '',
-        'Measured on held-out data at the end of training:', '',
-        '| | |', '| --- | --- |', *facts, '', '## Sizes', '', '| | |', '| --- | --- |', *sizes, '',
+        *use, '', '## Training', '', *training, '', '## Sizes', '',
+        '| | |', '| --- | --- |', *sizes, '',
         f'Weights: `model.safetensors`, fingerprint {fingerprint}. `config.json` is the whole '
         'experiment.', ''])
 

@@ -56,6 +56,9 @@ class Run:
             write_atomic(self.path / 'config.json', config_lib.to_json(experiment))
 
     def _check(self, experiment):
+        if (self.path / 'model.safetensors').exists():
+            raise RunError(f'{self.path} is an exported run, which stays as it is; give another '
+                           'directory')
         stored = self.path / 'config.json'
         if not stored.exists():
             strangers = sorted(p.name for p in self.path.iterdir()
@@ -212,6 +215,10 @@ def _read_exported(path, module, config, shardings):
                        f'{expected.get(wrong[0])}')
     leaves = [arrays[name] for name, _ in named_leaves(shapes)]
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    noted, now = files.read_notes(file).get('fingerprint'), fingerprint(params)
+    if noted != now:
+        raise RunError(f'{file} has changed since it was exported (fingerprint {noted}, now '
+                       f'{now}); copy it or export it again')
     if shardings is not None:
         params = jax.device_put(params, jax.tree.broadcast(shardings, params))
     return json.loads((path / 'done.json').read_text())['step'], params

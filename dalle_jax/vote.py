@@ -136,6 +136,8 @@ def tell(files: Sequence[str | Path], key: str | Path, exclude: Sequence[str], o
         replaced. All before anything is written.
     """
     out = Path(out)
+    if out.with_suffix('.key.json').exists():
+        raise ValueError(f'--out={out} is the page of the judges; give another file')
     values, given = out.with_suffix('.json'), [Path(file).resolve() for file in (*files, key)]
     if out.suffix != '.html' or values.resolve() in given:
         raise ValueError(f'--out={out}: give the name of a new .html file; {values} is written, '

@@ -77,7 +77,8 @@ def read_votes(paths: Sequence[str | Path], key: Key) -> list[Votes]:
         votes = _read_votes(path, key)
         if votes.judge in files:
             raise ValueError(f'{files[votes.judge]} and {path} are both of the judge '
-                             f'{votes.judge!r}; give the later one alone')
+                             f'{votes.judge!r}; give the later one alone, or, if they are two '
+                             'people, change the name in one')
         files[votes.judge] = path
         found.append(votes)
     return found

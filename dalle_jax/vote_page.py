@@ -175,7 +175,10 @@ function kept(attempt) {
     $('alarm').textContent = 'This browser does not keep your answers (' + error.message +
       '). Download them before you close or reload the page.';
     $('alarm').hidden = false;
-    window.onbeforeunload = event => event.preventDefault();
+    window.onbeforeunload = event => {
+      event.preventDefault();
+      event.returnValue = true;
+    };
   }
 }
 
@@ -280,11 +283,16 @@ document.onkeydown = event => {
     answer(meant);
   }
 };
+function refresh() {
+  votes = stored(judge);
+  show();
+}
+
 window.onstorage = event => {  // the same judge in another window
-  if (judge && event.key === place(judge)) {
-    votes = stored(judge);
-    show();
-  }
+  if (judge && event.key === place(judge)) refresh();
+};
+window.onpageshow = event => {  // a page that comes back has slept through those events
+  if (judge && event.persisted) refresh();
 };
 $('name').value = (kept(() => JSON.parse(localStorage.getItem(place('')))) || {judge: ''}).judge;
 greet();

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dalle_jax
-from dalle_jax import convert, runs, train
+from dalle_jax import convert, export, runs, train
 from dalle_jax.data.clip_text import ClipTokenizer
 from dalle_jax.interop import clip as interop
 from tests.interop.random_weights import random_weights
@@ -80,7 +80,7 @@ def test_the_same_command_again(converted, capsys):
 
 
 def test_other_contents_are_refused(converted, tmp_path):
-    with pytest.raises(runs.RunError, match='holds a run of another experiment: .*--workdir'):
+    with pytest.raises(runs.RunError, match='holds other weights; give another --out'):
         convert.run('dvae', DVAE, converted / 'clip')
     arrays = interop_arrays()
     arrays['logit_scale'] = arrays['logit_scale'] + np.float16(1)
@@ -135,6 +135,33 @@ def test_other_arithmetic_is_refused(tmp_path, tower, change, message):
     (tmp_path / 'config.json').write_text(json.dumps(described))
     with pytest.raises(ValueError, match=message):
         interop.read_description(tmp_path / 'config.json')
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"text_config": {"num_attention_heads": 0}}',
+                                  '{"text_config": {"hidden_size": "x"}}',
+                                  '{"text_config": {"hidden_size": 100}}'])
+def test_descriptions_that_are_none(tmp_path, text):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(ValueError, match=r'config\.json is no description of a CLIP'):
+        interop.read_description(tmp_path / 'config.json')
+
+
+def test_another_model_does_not_touch_the_run(converted, tmp_path):
+    shutil.copytree(converted / 'clip', tmp_path / 'clip')
+    before = (tmp_path / 'clip' / 'config.json').read_text()
+    other = tmp_path / 'other.txt'
+    other.write_text(Path(CLIP['tokenizer']).read_text() + '\n')
+    with pytest.raises(runs.RunError, match='holds other weights; give another --out'):
+        convert.run('clip', CLIP | {'tokenizer': str(other)}, tmp_path / 'clip')
+    assert (tmp_path / 'clip' / 'config.json').read_text() == before
+
+
+def test_its_card_tells_where_it_is_from(converted, tmp_path):
+    card = (export.run(converted / 'clip', tmp_path) / 'README.md').read_text()
+    done = json.loads((tmp_path / 'clip' / 'done.json').read_text())
+    assert 'converted from published weights' in card and 'trained with' not in card
+    assert done['sources']['weights']['file'] == 'clip_huggingface.safetensors'
+    assert done['sources']['weights']['sha256'] in card
 
 
 def test_flags(tmp_path):

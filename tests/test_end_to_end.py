@@ -171,7 +171,7 @@ def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
     capsys.readouterr()
     again = evaluate.run(config, tmp_path / 'eval')
     assert again == result and 'images/s' not in capsys.readouterr().out  # nothing drawn again
-    with pytest.raises(runs.RunError, match='evaluation with other settings or weights: temperat'):
+    with pytest.raises(runs.RunError, match='evaluation with other settings, .*: temperature was'):
         config.unlock()
         config.temperature = 0.5
         evaluate.run(config, tmp_path / 'eval')
@@ -278,6 +278,28 @@ def test_a_card_tells_what_it_is(exported):
     parameters = json.loads((exported / 'dalle' / 'done.json').read_text())['parameters']
     assert f'`dalle` of {parameters:,} parameters' in card and '`../dvae`' in card
     assert '| width | 32 |' in card and 'step 20' in card
+
+
+def test_an_exported_run_stays_as_it_is(trained, exported, tmp_path):
+    """Nothing is trained into it, and a changed byte of its weights is noticed."""
+    shutil.copytree(exported / 'dvae', tmp_path / 'dvae')
+    config = (tmp_path / 'dvae' / 'config.json').read_text()
+    with pytest.raises(runs.RunError, match='is an exported run, which stays as it is'):
+        train.run(config_lib.load('experiments/dvae.py:scenes'), tmp_path / 'dvae')
+    assert (tmp_path / 'dvae' / 'config.json').read_text() == config
+    weights = tmp_path / 'dvae' / 'model.safetensors'
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(runs.RunError, match='has changed since it was exported'):
+        runs.load(tmp_path / 'dvae')
+
+
+def test_two_share_an_image_tokenizer(trained, exported, tmp_path, capsys):
+    shutil.copytree(exported / 'dvae', tmp_path / 'dvae')
+    export.run(trained / 'dalle', tmp_path)
+    assert 'dvae is there already' in capsys.readouterr().out
+    assert dalle_jax.load(tmp_path / 'dalle').image_run.path == tmp_path.resolve() / 'dvae'
 
 
 def test_exports_that_cannot_be(trained, exported, tmp_path):

@@ -131,20 +131,28 @@ def read_description(path: Path) -> int:
     Raises:
       ValueError: the towers compute what `models.clip` does not.
     """
-    described, widths = json.loads(path.read_text()), set()
+    widths = set()
     # What is absent has the value of ViT-B/32.
     for tower, width, heads in (('text_config', 512, 8), ('vision_config', 768, 12)):
-        values = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'hidden_size': width,
-                  'num_attention_heads': heads} | described.get(tower, {})
+        try:
+            described = json.loads(path.read_text()).get(tower) or {}
+            values = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'hidden_size': width,
+                      'num_attention_heads': heads} | described
+            head = values['hidden_size'] / values['num_attention_heads']
+            if head < 1 or head != int(head):
+                raise ValueError(f'{tower} has heads {head} wide')
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f'{path} is no description of a CLIP ({error}); give the one that was '
+                             'published with the weights, or take it away') from error
         for name, supported in (('hidden_act', 'quick_gelu'), ('layer_norm_eps', 1e-5)):
             if values[name] != supported:
                 raise ValueError(f'{path}: {tower}.{name} is {values[name]!r}; this library has '
                                  f'{supported!r}, as the CLIPs of OpenAI')
-        widths.add(values['hidden_size'] / values['num_attention_heads'])
+        widths.add(int(head))
     if len(widths) > 1:
         raise ValueError(f'{path}: heads {widths} wide; the towers of all CLIPs of OpenAI have '
                          'heads of one width')
-    return int(widths.pop())
+    return widths.pop()
 
 
 def to_published(params: Any, config: clip.Config, layout: str) -> dict[str, np.ndarray]:

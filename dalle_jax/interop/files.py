@@ -71,6 +71,14 @@ def write(path: str | Path, arrays: Mapping[str, Any], notes: Mapping[str, str])
               dict(notes))
 
 
+def read_notes(path: str | Path) -> dict[str, str]:
+    """What `write` noted in a .safetensors file that can be read."""
+    from safetensors import safe_open
+
+    with safe_open(path, 'np') as file:
+        return file.metadata() or {}
+
+
 def _read_safetensors(path):
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -80,6 +88,8 @@ def _read_safetensors(path):
     except SafetensorError as error:
         raise ValueError(f'truncated or damaged safetensors file, download it again: {error}'
                          ) from error
+    except (AttributeError, KeyError) as error:  # such as 8-bit floating point
+        raise ValueError(f'numbers of a kind that NumPy does not have: {error}') from error
 
 
 def _read_zip(path):

@@ -5,6 +5,7 @@ data: a name that is called must be one of a handful that stand for tensors and 
 of modules become inert objects with attributes, and every other name is refused.
 """
 
+import itertools
 import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
@@ -12,14 +13,23 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 # Classes whose instances are kept as inert objects. None of them is looked up or run.
-INERT = ('__torch__.', 'torch.nn.modules.', 'dall_e.', 'pytorch_lightning.')
+INERT = ('__torch__.', 'torch.nn.modules.', 'dall_e.')
+
+# What trainers keep beside weights. Calls of these, too, give inert objects.
+BESIDE = ('pytorch_lightning.', 'omegaconf.', 'argparse.Namespace', 'collections.defaultdict',
+          'pathlib.', 'numpy.', '_codecs.encode')
+
+DTYPES = {f'torch.{name}' for name in ('float16', 'bfloat16', 'float32', 'float64', 'bool',
+                                       'uint8', 'int8', 'int16', 'int32', 'int64')}
+
+MAX_NODES = 300_000  # containers of a file, counted wherever they are named; weights have thousands
 
 # What may be called with arguments that are data, beside tensors (see _Machine.call).
 FUNCTIONS = {
-    'collections.OrderedDict': lambda items=(): {name: value for name, value in items},
+    'collections.OrderedDict': lambda items=(): _dict(items),
     '__builtin__.set': lambda items=(): list(items),
     'builtins.set': lambda items=(): list(items),
-    'torch.device': lambda *where: ':'.join(map(str, where)),
+    'torch.device': lambda *where: None,
     'torch.Size': tuple,
     'torch._utils._rebuild_parameter': lambda tensor, *rest: tensor,
     'torch.jit._pickle.build_intlist': list,
@@ -176,15 +186,19 @@ class _Machine:
             push(self._call(function.path, arguments))
         elif name == 'BUILD':
             state = self.pop()
-            if isinstance(self._stack[-1], Object):  # attributes of a dict play no part
+            # Attributes of a dict, and a state that is none, play no part.
+            if isinstance(self._stack[-1], Object) and isinstance(state, dict):
                 self._stack[-1].state.update(state)
         else:
             raise Refused(f'its pickle has the opcode {name}, which no file of weights needs')
 
     def _container(self, kind):
-        if not isinstance(self._stack[-1], kind):
-            raise TypeError(f'{type(self._stack[-1]).__name__} in the place of a {kind.__name__}')
-        return self._stack[-1]
+        top = self._stack[-1]
+        if isinstance(top, Object):  # of a class made of dict or list
+            return top.state if kind is dict else []
+        if not isinstance(top, kind):
+            raise TypeError(f'{type(top).__name__} in the place of a {kind.__name__}')
+        return top
 
     def _call(self, path, arguments):
         if path == TENSOR:
@@ -192,6 +206,8 @@ class _Machine:
             if not isinstance(storage, Storage):
                 raise TypeError('a tensor without a storage')
             return self._tensor(storage, offset, shape, strides)
+        if path.startswith(BESIDE):
+            return Object(path)
         if path not in FUNCTIONS:
             raise _unknown(path)
         return FUNCTIONS[path](*arguments)
@@ -199,7 +215,8 @@ class _Machine:
 
 def _name(path):
     storage = path.startswith('torch.') and path.endswith('Storage') and path.count('.') == 1
-    if not (storage or path in FUNCTIONS or path == TENSOR or path.startswith(INERT)):
+    if not (storage or path in FUNCTIONS or path in DTYPES or path == TENSOR
+            or path.startswith(INERT + BESIDE)):
         raise _unknown(path)
     return Name(path)
 
@@ -210,20 +227,37 @@ def _unknown(path):
 
 
 def _pairs(values):
-    return dict(zip(values[::2], values[1::2], strict=True))
+    return _dict(zip(values[::2], values[1::2], strict=True))
+
+
+def _dict(items):
+    found = {}
+    for key, value in items:
+        if not isinstance(key, str | int | Name):  # a tuple of tuples could take forever
+            raise TypeError(f'{type(key).__name__} as a name')
+        found[key] = value
+    return found
 
 
 def flatten(value: Any) -> dict[str, np.ndarray]:
-    """Dotted names -> the arrays of nested dicts and modules; what is no array is left out."""
-    if isinstance(value, Object):
-        value = value.state
-        parts = ('_parameters', '_buffers', '_modules')
-        if '_modules' in value:  # of a module in Python; in TorchScript they are attributes
-            value = {name: child for part in parts for name, child in value[part].items()}
-    found = {}
-    for name, child in value.items():
-        if isinstance(child, np.ndarray):
-            found[str(name)] = child
-        elif isinstance(child, dict | Object):
-            found |= {f'{name}.{inner}': a for inner, a in flatten(child).items()}
+    """Dotted names -> the arrays of nested dicts and modules; what is no array is left out.
+
+    Raises Refused where containers hold each other so often that it would take forever.
+    """
+    found, nodes = {}, itertools.count()
+
+    def visit(value, prefix):
+        if next(nodes) == MAX_NODES:
+            raise Refused(f'it has more than {MAX_NODES} containers: no file of weights')
+        if isinstance(value, Object):
+            value = value.state
+            parts = ('_parameters', '_buffers', '_modules')
+            if '_modules' in value:  # of a module in Python; in TorchScript they are attributes
+                value = {name: child for part in parts for name, child in value[part].items()}
+        for name, child in value.items():
+            if isinstance(child, np.ndarray):
+                found[f'{prefix}{name}'] = child
+            elif isinstance(child, dict | Object):
+                visit(child, f'{prefix}{name}.')
+    visit(value, '')
     return found

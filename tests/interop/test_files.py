@@ -121,6 +121,20 @@ def test_what_a_trainer_keeps_beside_its_weights(tmp_path):
     np.testing.assert_array_equal(found['state_dict.w'], SIX.reshape(2, 3))
 
 
+def test_classes_that_trainers_keep(tmp_path):
+    """Made by calls, of dict or list, with a state that is none; all inert."""
+    attributes = name('pytorch_lightning.utilities.parsing', 'AttributeDict') + b')R' + (
+        b'(' + text('lr') + b'K\x01u')
+    scalar = name('numpy.core.multiarray', 'scalar') + b'(' + name('numpy', 'dtype') + (
+        b'(' + text('f8') + b'tR(K\x03tb') + text('x') + b'tR'
+    listed = name('omegaconf.listconfig', 'ListConfig') + b')\x81(K\x01K\x02e'
+    half = name('torch', 'float16')
+    path = write(tmp_path / 'last.ckpt', mapping(
+        state_dict=mapping(w=ONE), hyper_parameters=attributes, best=scalar, more=listed,
+        dtype=half), a=SIX)
+    assert files.read(path).keys() == {'state_dict.w'}
+
+
 def test_numpy_and_safetensors(tmp_path):
     from safetensors.numpy import save_file
 
@@ -192,6 +206,10 @@ def test_code_is_not_run(tmp_path, function, arguments, named, protocol):
     (mapping(x=tensor('Float', 'a', 6, 0, (10**9, 10**9), (0, 0))), 'does not fit'),
     (mapping(x=tensor('Float', 'a', 6, 0, (2,), (1, 1))), 'damaged pickle'),
     (name('torch.nn.modules.a', 'A') + b')\x81q\x00}' + text('a') + b'h\x00sb', 'recursion'),
+    (b'}q\x00' + b''.join(  # each holds the one before twice
+        b'}(' + text('a') + b'h' + bytes([i]) + text('b') + b'h' + bytes([i]) + b'uq' +
+        bytes([i + 1]) for i in range(40)), 'more than 300000 containers'),
+    (b'})' + text('x') + b's', 'damaged pickle.*tuple as a name'),
 ])
 def test_bad_pickles(tmp_path, body, message):
     path = write(tmp_path / 'bad.pt', body, a=SIX)
@@ -219,6 +237,9 @@ def test_bad_archives(tmp_path):
         (tmp_path / 'x.pt').write_bytes(pickle.dumps(value, 2))
         refused('a pickle, but none of PyTorch')
     old = (FIXTURES / 'legacy.pth').read_bytes()
+    eight = b'{"w":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / 'x.pt').write_bytes(len(eight).to_bytes(8, 'little') + eight + b'ab')
+    refused('of a kind that NumPy does not have')
     (tmp_path / 'x.pt').write_bytes(old.replace(b'little_endianq', b'little_indianq'))
     refused('big-endian')
     for content in (b'', b'<!DOCTYPE html>', b'version https://git-lfs.github.com/spec/v1'):
