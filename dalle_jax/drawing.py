@@ -133,15 +133,14 @@ def decoding_bytes(run: runs.Run, images: int) -> int:
                    for equation in program(run.params, ids).eqns for x in equation.outvars)
 
 
-def filled(rows: np.ndarray, ways: int) -> np.ndarray:
-    """Rows [B, ...], the last one repeated until `ways` divides their number."""
-    return rows[np.minimum(np.arange(-(-len(rows) // ways) * ways), len(rows) - 1)]
+def in_batches(function: Callable, ways: int, *arrays: np.ndarray, at_once: int = ROWS_AT_ONCE
+               ) -> np.ndarray:
+    """function(*arrays) on rows [B, ...] in equal batches that `ways` divides, the last padded.
 
-
-def in_batches(function: Callable, ways: int, *arrays: np.ndarray) -> np.ndarray:
-    """function(*arrays) on rows [B, ...] in equal batches that `ways` divides, the last padded."""
+    Each of the ways gets at most `at_once` rows.
+    """
     count = len(arrays[0])
-    size = -(-count // -(-count // (ways * ROWS_AT_ONCE)))
+    size = -(-count // -(-count // (ways * at_once)))
     size += -size % ways
     rows = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
     return np.concatenate(jax.device_get(

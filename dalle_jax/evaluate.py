@@ -50,14 +50,16 @@ def run(config, workdir: str | Path) -> dict[str, Any]:
     made_with, options = _made_with(opened), opened.options
     out.mkdir(parents=True, exist_ok=True)
     with runs.take(out, '--workdir'):
-        begun = _begun(out, {'settings': dataclasses.asdict(options), **made_with})
+        sessions = _begun(out, {'settings': dataclasses.asdict(options), **made_with})
         files = {split: out / f'captions_{split}.json' for split in opened.real}
-        opened = opened._replace(pairs={split: real.choose(files[split] if begun else None)
+        opened = opened._replace(pairs={split: real.choose(files[split] if sessions else None)
                                         for split, real in opened.real.items()})
         numbers.check(opened)
-        if not begun:
-            runs.write_atomic(out / 'evaluate.json', json.dumps(
-                {'settings': dataclasses.asdict(options), **made_with}, indent=2))
+        session = {key: made_with[key] for key in ('software', 'device')}
+        sessions += [session] if session not in sessions else []
+        runs.write_atomic(out / 'evaluate.json', json.dumps(
+            {'settings': dataclasses.asdict(options), 'weights': made_with['weights'],
+             'inputs': made_with['inputs'], 'sessions': sessions}, indent=2))
         for split, found in opened.pairs.items():
             runs.write_atomic(files[split], json.dumps(
                 {'hash': found.hash, 'pairs': found._asdict()}, indent=1))
@@ -67,12 +69,11 @@ def run(config, workdir: str | Path) -> dict[str, Any]:
                                                     options.lookup_images, options.seed, out)
         captions = {split: _of_captions(opened, found, files[split])
                     for split, found in opened.pairs.items()}
-        mixed = {key: begun[key] for key in ('software', 'device')
-                 if begun and begun[key] != made_with[key]}
         written = json.dumps({
             'results': results, 'settings': dataclasses.asdict(options), 'captions': captions,
-            **made_with, **({'begun_with': mixed} if mixed else {})}, indent=2)
-        _write_seconds(out, time.monotonic() - started)
+            **made_with, **({'sessions': sessions} if sessions[1:] else {})}, indent=2)
+        # Apart from the result, which is the same each time.
+        runs.write_atomic(out / 'seconds.json', json.dumps(time.monotonic() - started))
         runs.write_atomic(out / 'result.json', written)
         write_report(out, out / 'report.html')
     say(f'wrote {out}/result.json and {out}/report.html')
@@ -86,6 +87,9 @@ def _open(options, out):
         raise runs.RunError(f'{options.run} is a {model.run.experiment.model} run; give a DALL-E '
                             'run, which can draw')
     judge = Model(options.judge, mesh=options.mesh) if options.judge else None
+    if judge and not judge.clip_run:
+        raise runs.RunError(f'judge: {options.judge} is a {judge.run.experiment.model} run; give a '
+                            'CLIP run')
     network = data_lib.open_network(options.features, options.resize, options.feature_batch,
                                     options.mesh)
     given = data_lib.Given(options.images) if options.images else None
@@ -107,7 +111,8 @@ def _of_captions(opened, pairs, file):
     batch = opened.model and drawing.batch_shape(opened.options.batch, len(pairs.ids),
                                                  opened.options.candidates)
     return {'captions': len(pairs.ids), 'hash': pairs.hash, 'file': file.name,
-            'left_out': pairs.left_out_count, 'excluded': pairs.excluded, 'drawn_at_once': batch}
+            'images_hash': pairs.images_hash, 'left_out': pairs.left_out_count,
+            'excluded': pairs.excluded, 'drawn_at_once': batch}
 
 
 # -- what a result was made with -------------------------------------------------------------------
@@ -121,6 +126,9 @@ def _made_with(opened):
     if opened.network:
         weights[opened.network.name] = opened.network.fingerprint
     inputs = {'images': opened.given.fingerprint} if opened.given else {}
+    if opened.given and opened.judge:
+        inputs['captions'] = hashlib.sha256(
+            json.dumps(opened.given.captions).encode()).hexdigest()[:16]
     if opened.reference:
         inputs['reference'] = hashlib.sha256(
             Path(opened.options.reference).read_bytes()).hexdigest()[:16]
@@ -131,32 +139,30 @@ def _made_with(opened):
                       f'{platform.machine()}'}
 
 
-def _begun(out: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a directory was begun with; None if it is new.
+def _begun(out: Path, now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The software and devices with which a directory was made so far; none if it is new.
 
     Raises:
-      RunError: with other settings, weights or images.
+      RunError: it was begun with other settings, weights or images, or it is none of an evaluation.
     """
     stored = out / 'evaluate.json'
     if not stored.exists():
-        return None
+        strangers = sorted(file.name for file in out.iterdir()
+                           if file.name != 'lock' and '.tmp' not in file.suffixes)
+        if strangers:
+            raise runs.RunError(f'{out} is not empty (it holds {", ".join(strangers[:4])}) and has '
+                                'no evaluate.json; give another --workdir, or remove it')
+        return []
     old, now = json.loads(stored.read_text()), json.loads(json.dumps(now))
     runs.check_same(*({**one['settings'], **{
         f'hash of {name}': value for name, value in {**one['weights'], **one['inputs']}.items()}}
         for one in (old, now)), f'{out} holds an evaluation with other settings, weights or images',
         'Give another --workdir, or remove it')
     for key in ('software', 'device'):
-        if old[key] != now[key]:
-            say(f'{out} was begun with another {key}, {json.dumps(old[key])}; a part of its '
-                'numbers comes from there')
-    return old
-
-
-def _write_seconds(out, seconds):
-    """Adds a session's seconds; apart from the result, which is the same each time."""
-    path = out / 'seconds.json'
-    before = json.loads(path.read_text())['seconds'] if path.exists() else 0.0
-    runs.write_atomic(path, json.dumps({'seconds': before + seconds}))
+        if old['sessions'][-1][key] != now[key]:
+            say(f'{out} was made with another {key}, {json.dumps(old["sessions"][-1][key])}; a '
+                'part of its numbers comes from there')
+    return old['sessions']
 
 
 def write_report(workdir: str | Path, path: str | Path, seconds: Mapping[str, float] | None = None
@@ -180,19 +186,25 @@ def reproduce(path: str | Path, workdir: str | Path) -> list[str]:
     Raises:
       ValueError: the file is no result.
     """
-    old = json.loads(Path(path).read_text())
+    try:
+        old = dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{path} is no result of evaluate: {error}') from error
     made_with = ('weights', 'inputs', 'software', 'device', 'captions')
     if lacking := sorted({'settings', 'results', *made_with} - old.keys()):
         raise ValueError(f'{path} is no result of evaluate: it lacks {", ".join(lacking)}')
-    if 'begun_with' in old:
-        say(f'{path} was begun with other software or on another device, so numbers may differ')
+    if Path(workdir).resolve() == Path(path).resolve().parent:
+        raise ValueError(f'{workdir} holds the numbers that are to be reproduced; give another '
+                         '--workdir')
+    if 'sessions' in old:
+        say(f'{path} was made with several versions or on several devices, so numbers may differ')
     new = run(old['settings'], workdir)
     for key in made_with:
         if old[key] != new[key]:
             say(f'NOT the same: {key} were {json.dumps(old[key])} and are {json.dumps(new[key])}')
     before, after = (config_lib.flatten(r['results']) for r in (old, new))
     return [f'{key}: {before.get(key)} -> {after.get(key)}' for key in before | after
-            if before.get(key) != after.get(key)]
+            if json.dumps(before.get(key)) != json.dumps(after.get(key))]  # nan is not nan
 
 
 def main(argv):
@@ -203,6 +215,8 @@ def main(argv):
             raise ValueError('give --config, or --reproduce with a result.json')
         run(CONFIG.value, FLAGS.workdir)
         return 0
+    if CONFIG.value is not None:
+        raise ValueError('--config and --reproduce: give one of them')
     differing = reproduce(FLAGS.reproduce, FLAGS.workdir)
     for line in differing:
         say(line)

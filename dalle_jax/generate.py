@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,7 +153,7 @@ class Model:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 images [B, S, S, 3] -> int32 tokens [B, h, w]."""
         run = self._need(self.image_run, 'encode images', 'a dVAE or DALL-E run')
-        return self._of_rows(drawing.encode, run, _checked(images, run.config))
+        return self._of_images(drawing.encode, run, _checked(images, run.config))
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """int32 tokens [B, h, w] -> uint8 images [B, S, S, 3]."""
@@ -161,7 +162,7 @@ class Model:
         if ids.ndim != 3 or ids.min() < 0 or ids.max() >= run.config.vocab:
             raise ValueError(f'tokens of shape {ids.shape} in [{ids.min()}, {ids.max()}]; expected '
                              f'[batch, h, w] with values in [0, {run.config.vocab})')
-        return self._of_rows(drawing.decode, run, ids)
+        return self._of_images(drawing.decode, run, ids)
 
     def sample(self, captions: Sequence[str], n: int = 1, seed: int = 0, *,
                image: np.ndarray | None = None, rows: int = 0, columns: int = 0, **options
@@ -213,10 +214,10 @@ class Model:
         """A function of drawing.py as one of rows, whose number self._ways divides."""
         return functools.partial(function, run.module, run.config, self._constrain, run.params)
 
-    def _of_rows(self, function, run, rows):
-        """What it makes of any number of rows, at once."""
-        filled = drawing.filled(rows, self._ways)
-        return np.asarray(self._bound(function, run)(filled))[:len(rows)]
+    def _of_images(self, function, run, rows):
+        """What an image tokenizer makes of any number of rows, in pieces that fit the memory."""
+        return drawing.in_batches(self._bound(function, run), self._ways, rows,
+                                  at_once=drawing.decoded_at_once(run.config, len(rows)))
 
     def _similarities(self, captions, images):
         """CLIP's similarity of captions [C] and images uint8 [C, N, S, S, 3], float32 [C, N]."""
@@ -229,7 +230,7 @@ class Model:
         return (of_text[:, None] * of_image.reshape(*images.shape[:2], -1)).sum(axis=-1)
 
     def draw(self, captions: Sequence[str], sampling: Sampling, image: np.ndarray | None = None,
-             rows: int = 0, columns: int = 0, *, start: int = 0,
+             rows: int = 0, columns: int = 0, *, start: int = 0, firsts: Sequence[int] = (),
              progress: Callable[[int], None] = lambda images: None) -> Iterator[Drawn]:
         """The candidates of each caption in order, as soon as they are there.
 
@@ -241,6 +242,7 @@ class Model:
             rectangle that they leave at the bottom right is drawn.
           start: captions before this one are left out; the others are drawn in the same batches,
             hence equal bit by bit.
+          firsts: of each caption the index of its first candidate, in place of sampling.first.
           progress: is told the number of images of each batch, when it is drawn.
 
         Raises:
@@ -265,9 +267,10 @@ class Model:
             tokenizer=self.image_run.module, tokenizer_config=self.image_run.config,
             dtype=self.dtype, top_k=sampling.top_k, nucleus=sampling.top_p < 1,
             guided=sampling.guidance != 1, keep=(rows, columns), constrain=self._constrain)
-        return self._drawn(draw, captions, text, truncated, sampling, start, progress)
+        firsts = firsts or [sampling.first] * len(captions)
+        return self._drawn(draw, captions, text, truncated, sampling, start, firsts, progress)
 
-    def _drawn(self, draw, captions, text, truncated, sampling, start, progress):
+    def _drawn(self, draw, captions, text, truncated, sampling, start, firsts, progress):
         n, total = sampling.candidates, len(captions)
         shape = rows, width = drawing.batch_shape(sampling.batch, total, n)
         count, pieces, each = drawing.division(rows, width, self._ways)
@@ -282,8 +285,10 @@ class Model:
                 return
             parts = []
             for first in range(0, n, width):
-                indices = range(sampling.first + first, sampling.first + first + pieces * each)
-                keys = jnp.stack([image_keys(sampling.seed, captions[c], indices) for c in chosen])
+                keys = jnp.stack([
+                    image_keys(sampling.seed, captions[c],
+                               range(firsts[c] + first, firsts[c] + first + pieces * each))
+                    for c in chosen])
                 *part, logp_text = jax.device_get(draw(
                     text[chosen].repeat(pieces, axis=0), keys.reshape(count * pieces, each)))
                 parts.append([wanted_of(a) for a in part])
@@ -391,4 +396,5 @@ def _as_seen(images, config):
                          '[batch, height, width, 3]')
     if images.shape[1:3] == (config.image_size, config.image_size):
         return images
-    return np.stack([crop_clip(image, config.image_size) for image in images])
+    with ThreadPoolExecutor() as pool:
+        return np.stack([*pool.map(lambda image: crop_clip(image, config.image_size), images)])

@@ -16,6 +16,8 @@ import os
 import sys
 import time
 import traceback
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -312,6 +314,19 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     temporary = path.with_suffix('.tmp.npz')
     np.savez_compressed(temporary, **{name: np.asarray(a) for name, a in arrays.items()})
     os.replace(temporary, path)
+
+
+def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the named arrays that a .npz file has.
+
+    Raises RunError where the file is damaged.
+    """
+    try:
+        with np.load(path) as stored:
+            return {name: stored[name] for name in names if name in stored}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise RunError(f'{path} is damaged ({error}); remove it, and the same command makes it '
+                       'again') from error
 
 
 def write_atomic(path: Path, text: str) -> None:

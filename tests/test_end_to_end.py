@@ -171,6 +171,12 @@ def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
     capsys.readouterr()
     again = evaluate.run(config, tmp_path / 'eval')
     assert again == result and 'images/s' not in capsys.readouterr().out  # nothing drawn again
+    without = json.loads((tmp_path / 'eval' / 'result.json').read_text())
+    del without['results']['tokenizer']
+    (tmp_path / 'eval' / 'result.json').write_text(json.dumps(without))
+    evaluate.write_report(tmp_path / 'eval', tmp_path / 'without.html')
+    assert 'The image tokenizer' in page
+    assert 'The image tokenizer' not in (tmp_path / 'without.html').read_text()
     with pytest.raises(runs.RunError, match='evaluation with other settings, .*: temperature was'):
         config.unlock()
         config.temperature = 0.5

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ def model():
 def tiny(monkeypatch, model):
     monkeypatch.setattr(evaluate, 'Model', lambda path, clip=None, mesh='': model)
     monkeypatch.setattr(data_lib, 'open_network',
-                        lambda path, *_: path and data_lib.Network('inception', look, 5, 'aa'))
+                        lambda path, *_: path and data_lib.Network('inception', look, 5, 0, 8, 'aa'))
 
 
 def options(photos, **changes):
@@ -62,7 +63,7 @@ def whole(photos, model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, 'Model', lambda path, clip=None, mesh='': model)
         patch.setattr(data_lib, 'open_network',
-                      lambda path, *_: path and data_lib.Network('inception', look, 5, 'aa'))
+                      lambda path, *_: path and data_lib.Network('inception', look, 5, 0, 8, 'aa'))
         return out, evaluate.run(options(photos), out)
 
 
@@ -83,9 +84,9 @@ def test_numbers_are_those_made_by_hand(whole, photos, model):
         entry = found['quality'][f'best_of_{n}_blur_{radius}']
         assert entry['fid'] == pytest.approx(want, rel=1e-6) and entry['images'] == 20
         assert entry['inception_score'] == pytest.approx(
-            fid.inception_score(sides[0][1], 2)[0], rel=1e-5)
+            fid.inception_score(sides[0][1], 2, seed=2020)[0], rel=1e-5)
     assert found['quality']['best_of_4_blur_0']['kid'] == pytest.approx(fid.kernel_distance(
-        look(best[4])[0], look(np.asarray(real))[0], 3, 20)[0], rel=1e-4)
+        look(best[4])[0], look(np.asarray(real))[0], 1, 20)[0], rel=1e-4)
     assert found['clip_score'] == pytest.approx(
         100 * np.mean([d.scores.max() for d in drawn]), rel=1e-5)
     nats = -np.asarray(model.run.module.likelihood(
@@ -113,7 +114,7 @@ def test_the_result_tells_what_it_was_made_with(whole, photos):
 
 def test_stopped_anywhere_it_goes_on(whole, photos, tmp_path, monkeypatch, capsys):
     """After some captions and after some measurements; nothing is drawn or measured twice."""
-    monkeypatch.setattr(candidates, 'SHARD', 4)
+    monkeypatch.setattr(candidates, 'IMAGES', 16)  # of four captions
 
     def stop_in(module, name, calls):
         function, left = getattr(module, name), [calls]
@@ -150,9 +151,12 @@ def test_again_with_the_same_numbers(whole, tmp_path, monkeypatch, capsys):
     difference, = evaluate.reproduce(tmp_path / 'other.json', tmp_path / 'again')
     assert difference.startswith('all.clip_score: ')
     assert 'NOT the same: software' in capsys.readouterr().out
-    (tmp_path / 'no.json').write_text('{}')
-    with pytest.raises(ValueError, match='is no result of evaluate'):
-        evaluate.reproduce(tmp_path / 'no.json', tmp_path / 'x')
+    for text in ('{}', '[1]', '{'):
+        (tmp_path / 'no.json').write_text(text)
+        with pytest.raises(ValueError, match='is no result of evaluate'):
+            evaluate.reproduce(tmp_path / 'no.json', tmp_path / 'x')
+    with pytest.raises(ValueError, match='holds the numbers that are to be reproduced'):
+        evaluate.reproduce(out / 'result.json', out)
 
 
 def test_other_settings_need_another_directory(whole, photos):
@@ -165,13 +169,40 @@ def test_other_software_is_told(photos, tmp_path, capsys):
     np.savez(tmp_path / 'images.npz', **squares(25))
     first = evaluate.run(settings, tmp_path / 'out')
     begun = json.loads((tmp_path / 'out' / 'evaluate.json').read_text())
-    begun['software']['jax'] = '0.0.1'
+    begun['sessions'][0]['software']['jax'] = '0.0.1'
     (tmp_path / 'out' / 'evaluate.json').write_text(json.dumps(begun))
     capsys.readouterr()
     again = evaluate.run(settings, tmp_path / 'out')
-    assert again.pop('begun_with') == {'software': first['software'] | {'jax': '0.0.1'}}
+    old, new = again.pop('sessions')
+    assert old['software'] == first['software'] | {'jax': '0.0.1'}
+    assert new == {key: first[key] for key in ('software', 'device')}
     assert again == first and 'a part of its numbers comes from there' in capsys.readouterr().out
-    assert 'begun with' in (tmp_path / 'out' / 'report.html').read_text()
+    assert 'all sessions' in (tmp_path / 'out' / 'report.html').read_text()
+    again = evaluate.run(settings, tmp_path / 'out')  # what was once mixed stays mixed
+    assert again['sessions'] == [old, new]
+
+
+def test_a_directory_of_something_else(photos, tmp_path):
+    (tmp_path / 'measured').mkdir()
+    with pytest.raises(runs.RunError, match=r'not empty \(it holds measured\) and has no evaluate'):
+        evaluate.run(options(photos), tmp_path)
+
+
+def test_data_that_have_changed(whole, photos, tmp_path, monkeypatch):
+    """An image more, which comes first: the records that were chosen are others now."""
+    folder = tmp_path / 'photos'
+    shutil.copytree(photos, folder)
+    monkeypatch.setattr(quality, 'measure', None)
+    with pytest.raises(TypeError):
+        evaluate.run(options(folder), tmp_path / 'out')
+    shutil.copy(folder / '05.png', folder / '000.png')
+    (folder / '000.txt').write_text('a red ring')
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate, 'Model', lambda path, clip=None, mesh='': tiny_model())
+    monkeypatch.setattr(data_lib, 'open_network',
+                        lambda path, *_: data_lib.Network('inception', look, 5, 0, 8, 'aa'))
+    with pytest.raises(ValueError, match='the data have changed since captions were chosen'):
+        evaluate.run(options(folder), tmp_path / 'out')
 
 
 def test_names_that_are_excluded(photos, tmp_path, capsys):
@@ -230,8 +261,8 @@ def test_statistics_files_are_a_reference(photos, tmp_path):
         'best_of_1_blur_0': pytest.approx(want, rel=1e-6)}
     alone = evaluate.run(given('', tmp_path / 'images.npz', source='', judge='',
                                reference=str(tmp_path / 'real.npz')), tmp_path / 'alone')
-    assert alone['captions'] == {} and alone['inputs'] == found['inputs']
-    assert set(alone['inputs']) == {'images', 'reference'}
+    assert alone['captions'] == {} and set(alone['inputs']) == {'images', 'reference'}
+    assert alone['inputs'].items() < found['inputs'].items()
     assert alone['results']['all']['quality'] == found['results']['all']['quality']
     assert 'Beside the statistics in' in (tmp_path / 'alone' / 'report.html').read_text()
 
@@ -264,6 +295,8 @@ def test_images_that_cannot_be_judged(photos, tmp_path):
     refuse('no array `images`; it has x', tmp_path / 'other.npz')
     np.savez(tmp_path / 'floats.npz', images=np.zeros((3, 8, 8, 3)))
     refuse(r'images are float64 \[3, 8, 8, 3\]', tmp_path / 'floats.npz')
+    np.savez(tmp_path / 'objects.npz', **squares(3) | {'captions': np.array(['a'] * 3, object)})
+    refuse('objects.npz cannot be read .*captions as an array of strings', tmp_path / 'objects.npz')
     np.savez(tmp_path / 'less.npz', **squares(3) | {'captions': np.array(['a'])})
     refuse('1 captions and 3 images', tmp_path / 'less.npz')
 
@@ -287,6 +320,19 @@ def test_too_few_images_are_told_before_the_work(photos, tmp_path, monkeypatch):
     fid.write_gaussian(tmp_path / 'other.npz', fid.Gaussian(np.zeros(7), np.eye(7)))
     refuse('other.npz has statistics of 7 features, and inception has 5',
            options(photos, reference=str(tmp_path / 'other.npz')))
+    monkeypatch.setattr(data_lib, 'open_network',
+                        lambda path, *_: data_lib.Network('words', look, 5, 60, 8, 'aa'))
+    refuse('images have 16 pixels a side, and words takes 60', options(photos, features='words'))
+    monkeypatch.setattr(data_lib, 'open_network',
+                        lambda path, *_: data_lib.Network('inception', look, 5, 0, 8, 'aa'))
+    spaces = squares(25)
+    spaces['captions'][21] = ' '
+    np.savez(tmp_path / 'spaces.npz', **spaces)
+    refuse('spaces.npz: caption 21', given(photos, tmp_path / 'spaces.npz'))
+    np.savez(tmp_path / 'blurred.npz', mu=np.zeros(5), sigma=np.eye(5), about=json.dumps(
+        {'network': 'inception', 'fingerprint': 'aa', 'resize': 'tensorflow', 'blur': 2}))
+    refuse('blurred.npz has statistics of something else: blur 2 in place of 0',
+           options(photos, reference=str(tmp_path / 'blurred.npz')))
     np.savez(tmp_path / 'mute.npz', **squares(25, captions=False))
     refuse('mute.npz has no captions, so there is no CLIP score',
            given(photos, tmp_path / 'mute.npz'))

@@ -357,3 +357,11 @@ def test_guidance_needs_caption_dropout():
 def test_options_are_checked(options, match):
     with pytest.raises(ValueError, match=match):
         Sampling(**options)
+
+
+def test_captions_that_stand_twice_can_have_other_images():
+    model = tiny_model()
+    four, = model.sample(['a red circle'], n=4, seed=5, batch=4)
+    drawn = [*model.draw(['a red circle', 'a red circle'], Sampling(2, seed=5, batch=4),
+                         firsts=[0, 2])]
+    np.testing.assert_array_equal(np.concatenate([d.ids for d in drawn]), four.ids)

@@ -1,11 +1,13 @@
 """Candidates of many captions: drawn once, kept as tokens, looked at in many ways.
 
 Of every candidate of every caption its tokens (2 KB for 32 x 32), its log-likelihood and CLIP's
-score are written as they are drawn, in files of SHARD captions; a drawing that was stopped goes on
+score are written as they are drawn, in files of thousands; a drawing that was stopped goes on
 behind the last of them, in the same batches. Which candidate is the best of the first N is a
-question to the scores, so one drawing of 512 candidates answers for N = 1, 2, ..., 512.
+question to the scores, so one drawing of 512 candidates answers for N = 1, 2, ..., 512. Where a
+caption stands several times among the captions, its images are others each time.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from dalle_jax import runs
 from dalle_jax.generate import Model, Sampling
 from dalle_jax.progress import Images
 
-SHARD = 64
+IMAGES = 4096  # of a file
 
 
 class Candidates(NamedTuple):
@@ -43,12 +45,18 @@ class Candidates(NamedTuple):
         """int32 [C, h, w], the tokens of one candidate of each caption, or with chosen [C, k] of
         several: [C, k, h, w]."""
         found = []
-        for begin in range(0, len(chosen), SHARD):
-            with np.load(_file(self.directory, begin)) as stored:
-                part = chosen[begin:begin + SHARD]
-                rows = np.arange(len(part)).reshape(-1, *(1,) * (part.ndim - 1))
-                found.append(stored['ids'][rows, part].astype(np.int32))
+        shard = shard_size(self.logp.shape[1])
+        for begin in range(0, len(chosen), shard):
+            part = chosen[begin:begin + shard]
+            rows = np.arange(len(part)).reshape(-1, *(1,) * (part.ndim - 1))
+            ids = runs.read_arrays(_file(self.directory, begin), 'ids')['ids']
+            found.append(ids[rows, part].astype(np.int32))
         return np.concatenate(found)
+
+
+def shard_size(candidates: int) -> int:
+    """Captions of a file."""
+    return max(1, IMAGES // candidates)
 
 
 def draw(model: Model, captions: Sequence[str], sampling: Sampling, directory: Path, name: str
@@ -60,28 +68,33 @@ def draw(model: Model, captions: Sequence[str], sampling: Sampling, directory: P
       name: what the console calls it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    start = _complete(directory, len(captions))
+    shard = shard_size(sampling.candidates)
+    start = _complete(directory, len(captions), shard)
     if start:
         runs.say(f'{name}: {start:,} of {len(captions):,} captions are drawn')
     rows, told = [], Images((len(captions) - start) * sampling.candidates, name)
-    drawing = model.draw(captions, sampling, start=start, progress=told)
+    seen, firsts = Counter(), []
+    for caption in captions:
+        firsts.append(sampling.first + seen[caption] * sampling.candidates)
+        seen[caption] += 1
+    drawing = model.draw(captions, sampling, start=start, firsts=firsts, progress=told)
     for number, drawn in enumerate(drawing, start=start + 1):
-        rows.append(drawn)
-        if number % SHARD == 0 or number == len(captions):
+        rows.append(drawn._replace(images=None))  # they are many times as large
+        if number % shard == 0 or number == len(captions):
             _write(_file(directory, number - len(rows)), rows)
             rows = []
-    return _read(directory, len(captions))
+    return _read(directory, len(captions), shard)
 
 
 def _file(directory, begin):
     return directory / f'{begin:06}.npz'
 
 
-def _complete(directory, captions):
+def _complete(directory, captions, shard):
     """How many captions are drawn: whole files from the first on."""
     begin = 0
     while begin < captions and _file(directory, begin).exists():
-        begin = min(begin + SHARD, captions)
+        begin = min(begin + shard, captions)
     return begin
 
 
@@ -94,10 +107,9 @@ def _write(path, rows):
     runs.write_arrays(path, arrays)
 
 
-def _read(directory, captions):
+def _read(directory, captions, shard):
     parts = []
-    for begin in range(0, captions, SHARD):
-        with np.load(_file(directory, begin)) as stored:
-            parts.append({name: stored[name] for name in stored.files if name != 'ids'})
+    for begin in range(0, captions, shard):
+        parts.append(runs.read_arrays(_file(directory, begin), 'logp', 'logp_text', 'scores'))
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Candidates(directory, found['logp'], found['logp_text'], found.get('scores'))

@@ -1,7 +1,6 @@
 """What an evaluation reads: captions with real images, images that are given, a feature network."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import zipfile
@@ -17,7 +16,7 @@ from dalle_jax.data import images as images_lib
 from dalle_jax.data.records import BadRecord
 from dalle_jax.data.sources import DataConfig, FolderSource, open_source
 from dalle_jax.evaluation import pairs as pairs_lib
-from dalle_jax.evaluation.pairs import PARTS, Pairs, in_threads
+from dalle_jax.evaluation.pairs import PARTS, Pairs, in_threads, short_hash
 
 
 class Real:
@@ -84,7 +83,7 @@ class Real:
                 yield self.scenes.images(np.asarray(records[begin:begin + PARTS]))
             return
         for part in in_threads(lambda n: pairs_lib.real_image(
-                self._source, records[n], self._options.crop, self._size), len(records)):
+                self._source, self._pairs, n, self._options.crop, self._size), len(records)):
             yield np.stack(part)
 
 
@@ -201,11 +200,11 @@ class Given:
 
 
 def _digest(image):
-    return hashlib.sha256(image.tobytes()).digest()
+    return short_hash(image.tobytes())
 
 
 def _fingerprint(digests):
-    return hashlib.sha256(b''.join(digests)).hexdigest()[:16]
+    return short_hash(' '.join(digests).encode())
 
 
 def _read_npz(path):
@@ -214,8 +213,12 @@ def _read_npz(path):
     with np.load(path) as stored:
         if 'images' not in stored:
             raise ValueError(f'{path} has no array `images`; it has {", ".join(stored.files)}')
-        images = stored['images']
-        captions = tuple(map(str, stored['captions'])) if 'captions' in stored else None
+        try:
+            images = stored['images']
+            captions = tuple(map(str, stored['captions'])) if 'captions' in stored else None
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f'{path} cannot be read ({error}); save images as uint8, and captions '
+                             'as an array of strings') from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size \
             or images.shape[1] != images.shape[2]:
         raise ValueError(f'{path}: images are {images.dtype} {list(images.shape)}; give uint8 '
@@ -233,12 +236,16 @@ class Network(NamedTuple):
       name: 'inception', or 'words', a network of our own whose numbers are not those of others.
       of: uint8 images [B, H, W, 3] -> features float32 [B, D], logits float32 [B, C].
       size: D.
+      side: of the images that it takes; 0: of any size.
+      batch: images at once.
       fingerprint: of its parameters.
     """
 
     name: str
     of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     size: int
+    side: int
+    batch: int
     fingerprint: str
 
 
@@ -269,7 +276,7 @@ def open_network(path: str, resize: str, batch: int, mesh: str) -> Network | Non
 
         name, params = 'words', run.params
         network = features.Features(params, run.config, batch, constrain)
-        names, size = ('features', 'logits'), run.config.features
+        names, size, side = ('features', 'logits'), run.config.features, run.config.image_size
     else:
         from dalle_jax.interop import files
         from dalle_jax.metrics import inception
@@ -277,9 +284,9 @@ def open_network(path: str, resize: str, batch: int, mesh: str) -> Network | Non
         name, params = 'inception', jax.device_put(
             inception.from_published(files.read(path)), place)
         network = inception.Features(params, resize=resize, batch=batch, constrain=constrain)
-        names, size = network.names, 2048
+        names, size, side = network.names, 2048, 0
 
     def of(images):
         found = network.of(images)
         return tuple(found[key] for key in names)
-    return Network(name, of, size, runs.fingerprint(params))
+    return Network(name, of, size, side, batch, runs.fingerprint(params))

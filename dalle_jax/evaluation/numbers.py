@@ -18,7 +18,7 @@ from dalle_jax.evaluation import candidates, scenes
 from dalle_jax.evaluation.config import EvaluateConfig
 from dalle_jax.evaluation.data import Given, Network, Real, decoded
 from dalle_jax.evaluation.pairs import Pairs
-from dalle_jax.generate import Model
+from dalle_jax.generate import Model, encode_captions
 from dalle_jax.metrics import quality
 from dalle_jax.metrics.blur import matrix
 from dalle_jax.progress import Images
@@ -60,19 +60,25 @@ class Opened(NamedTuple):
 def check(opened: Opened) -> None:
     """Raises ValueError or RunError where a number could not be had in the end."""
     options, network, given = opened.options, opened.network, opened.given
-    if opened.judge and given and given.captions is None:
-        raise runs.RunError(f'{options.images} has no captions, so there is no CLIP score; leave '
-                            'judge away')
+    if opened.judge and given:
+        if given.captions is None:
+            raise runs.RunError(f'{options.images} has no captions, so there is no CLIP score; '
+                                'leave judge away')
+        try:
+            encode_captions(opened.judge.clip_run.tokenizer, given.captions, 1)
+        except ValueError as error:
+            raise ValueError(f'{options.images}: {error}') from error
     if not network:
         return
-    for radius in filter(None, options.blur):
-        matrix(given.side if given else opened.model.image_run.config.image_size, radius)
+    side = given.side if given else opened.model.image_run.config.image_size
+    if network.side not in (0, side):
+        raise ValueError(f'images have {side} pixels a side, and {options.features} takes '
+                         f'{network.side}; give features that were trained on such images')
     if opened.reference:
-        size = len(opened.reference.gaussian.mean)
-        if size != network.size:
-            raise ValueError(f'{options.reference} has statistics of {size} features, and '
-                             f'{network.name} has {network.size}; give statistics of the same '
-                             'network')
+        _check_reference(opened)
+    else:
+        for radius in filter(None, options.blur):
+            matrix(side, radius)
     for split in options.splits:
         counts = [opened.count(split)]
         if not opened.reference:
@@ -86,6 +92,29 @@ def check(opened: Opened) -> None:
             raise ValueError(f'{split}: the Inception Score over {options.score_splits} parts '
                              f'needs as many images, and there are {min(counts)}; lower '
                              'score_splits')
+
+
+def _check_reference(opened):
+    """Raises ValueError where statistics are of other features."""
+    options, network = opened.options, opened.network
+    size = len(opened.reference.gaussian.mean)
+    if size != network.size:
+        raise ValueError(f'{options.reference} has statistics of {size} features, and '
+                         f'{network.name} has {network.size}; give statistics of the same network')
+    wanted, about = _about(opened, 0), quality.about(Path(options.reference))
+    differing = [f'{key} {about[key]!r} in place of {value!r}' for key, value in wanted.items()
+                 if about and about[key] != value]
+    if differing:
+        raise ValueError(f'{options.reference} has statistics of something else: '
+                         f'{", ".join(differing)}')
+
+
+def _about(opened, radius):
+    """What statistics depend on besides the images."""
+    network = opened.network
+    return {'network': network.name, 'fingerprint': network.fingerprint,
+            'resize': opened.options.resize if network.name == 'inception' else '',
+            'blur': radius}
 
 
 def of_split(opened: Opened, split: str) -> dict[str, Any]:
@@ -128,6 +157,20 @@ def of_split(opened: Opened, split: str) -> dict[str, Any]:
     return values
 
 
+def _in_batches(parts, size):
+    """The same images in parts whose lengths `size` divides, but for the last."""
+    waiting = []
+    for part in parts:
+        waiting.append(part)
+        count = sum(map(len, waiting))
+        if count >= size:
+            images, whole = np.concatenate(waiting), count - count % size
+            yield images[:whole]
+            waiting = [images[whole:]] if whole < count else []
+    if waiting:
+        yield np.concatenate(waiting)
+
+
 def _told(parts, total, split, done):
     """The same parts; the console learns how far their user is."""
     told = Images(total, split, done)
@@ -156,10 +199,11 @@ def _quality(opened, split, real_images, images):
         missing = [radius for radius, file in files.items() if not file.exists()]
         if missing:
             at = ', '.join(f'{radius:g}' for radius in missing)
-            found = quality.measure(network.of, parts(f'of {side} measured at blur {at}'), missing,
-                                    options.score_splits, keep)
+            found = quality.measure(
+                network.of, _in_batches(parts(f'of {side} measured at blur {at}'), network.batch),
+                missing, options.score_splits, keep)
             for radius, one in found.items():
-                quality.write(runs.write_arrays, files[radius], one)
+                quality.write(runs.write_arrays, files[radius], one, _about(opened, radius))
         return {radius: quality.read(file) for radius, file in files.items()}
 
     def compared(found, with_real):
@@ -168,6 +212,8 @@ def _quality(opened, split, real_images, images):
                 for key, value in entry.items()}
 
     values, most = {}, max(options.conditions)
+    if opened.reference and any(options.blur):
+        say(f'{split}: {options.reference} is of images that are not blurred, so there is no blur')
     of_real = {0: opened.reference} if opened.reference else measured(
         'real', real_images, options.conditions[most], keep=True)
     for n, radii in options.conditions.items():

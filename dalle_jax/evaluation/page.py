@@ -141,9 +141,9 @@ def _made_with(workdir, result):
     rows = [(f'{part}: {key}', json.dumps(value))
             for part in ('settings', 'weights', 'inputs', 'software')
             for key, value in result[part].items()]
-    rows += [('device', result['device']), ('time, all sessions', report.duration(
-        json.loads((workdir / 'seconds.json').read_text())['seconds']))]
-    rows += [('begun with', json.dumps(result['begun_with']))] if 'begun_with' in result else []
+    rows += [('device', result['device']), ('time of the last session', report.duration(
+        json.loads((workdir / 'seconds.json').read_text())))]
+    rows += [('all sessions', json.dumps(result['sessions']))] if 'sessions' in result else []
     rows += [(f'captions of {split}', json.dumps(found))
              for split, found in result['captions'].items()]
     return report.section('What this was made with', 'result.json holds it, too, and evaluate '

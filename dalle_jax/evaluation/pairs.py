@@ -17,7 +17,7 @@ from dalle_jax.data.pipeline import Prefetch
 from dalle_jax.data.records import BadRecord
 
 EXAMPLES = 20  # bad records that are told
-PARTS = 100  # images at a time
+PARTS = 128  # images at a time
 
 
 class Pairs(NamedTuple):
@@ -27,6 +27,7 @@ class Pairs(NamedTuple):
       ids: of each caption: name of its record, '#', number of the caption in it.
       captions: as in the data.
       records: index of each caption's record in the source.
+      images: digest of each caption's image.
       left_out: why records could not be used, the first of them.
       left_out_count: how many of them.
       excluded: how many were left out by their names.
@@ -35,6 +36,7 @@ class Pairs(NamedTuple):
     ids: tuple[str, ...]
     captions: tuple[str, ...]
     records: tuple[int, ...]
+    images: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     left_out_count: int = 0
     excluded: int = 0
@@ -42,8 +44,13 @@ class Pairs(NamedTuple):
     @property
     def hash(self) -> str:
         """Of ids and captions, in their order."""
-        text = '\n'.join(f'{i}\t{caption}' for i, caption in zip(self.ids, self.captions))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return short_hash('\n'.join(f'{i}\t{caption}'
+                                    for i, caption in zip(self.ids, self.captions)).encode())
+
+    @property
+    def images_hash(self) -> str:
+        """Of the images, in their order."""
+        return short_hash(' '.join(self.images).encode())
 
 
 def choose(source: Any, count: int, seed: int, crop: str, size: int,
@@ -67,6 +74,9 @@ def choose(source: Any, count: int, seed: int, crop: str, size: int,
     pairs = [(i, k) for i in range(len(source)) for k in range(_captions(source, i, problems))]
     if count:
         pairs = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
+    if len(pairs) < max(count, 1):
+        raise ValueError(f'there are {len(pairs)} captions of {len(source)} records, and '
+                         f'{count or "some"} are asked for; ask for fewer, or name more splits')
     order = list(dict.fromkeys(i for i, _ in pairs))
     looked_at = itertools.chain.from_iterable(in_threads(
         lambda n: _look(source, order[n], crop, size), len(order)))
@@ -78,24 +88,23 @@ def choose(source: Any, count: int, seed: int, crop: str, size: int,
             say(f'{len(chosen):,}/{count or len(pairs):,} captions chosen')
             told = time.monotonic()
         if i not in found:
-            record, problem = next(looked_at)
-            if problem:
-                problems.append(problem)
-            elif record.name in exclude:
-                excluded, record = excluded + 1, None
-            found[i] = record and (record.name, record.captions)  # without the image
+            found[i] = look = next(looked_at)
+            if isinstance(look, str):
+                problems.append(look)
+                found[i] = None
+            elif look[0] in exclude:
+                excluded, found[i] = excluded + 1, None
         if not found[i]:
             continue
-        name, captions = found[i]
+        name, captions, digest = found[i]
         if count or captions[k] not in seen:
             seen.add(captions[k])
-            chosen.append((f'{name}#{k}', captions[k], i))
+            chosen.append((f'{name}#{k}', captions[k], i, digest))
     if len(chosen) < max(count, 1):
         raise ValueError(f'{len(chosen)} captions can be used, and {count or "some"} are asked '
                          f'for; {len(problems)} records are left out, and {excluded} excluded'
                          + ''.join(f'\n  {why}' for why in problems[:4]))
-    ids, captions, records = zip(*chosen)
-    return Pairs(ids, captions, records, tuple(problems[:EXAMPLES]), len(problems), excluded)
+    return Pairs(*zip(*chosen), tuple(problems[:EXAMPLES]), len(problems), excluded)
 
 
 def _captions(source, i, problems):
@@ -109,22 +118,32 @@ def _captions(source, i, problems):
 
 
 def _look(source, i, crop, size):
-    """(record, None), or (None, why it cannot be used)."""
+    """(name, captions, digest of the image), or why a record cannot be used."""
     try:
         record = source[i]
-        _cut(record, crop, size)
+        return record.name, record.captions, short_hash(_cut(record, crop, size).tobytes())
     except BadRecord as error:
-        return None, str(error)
-    return record, None
+        return str(error)
 
 
-def real_image(source: Any, i: int, crop: str, size: int) -> np.ndarray:
-    """The image of a record, uint8 [size, size, 3].
+def real_image(source: Any, pairs: Pairs, n: int, crop: str, size: int) -> np.ndarray:
+    """The image of caption n, uint8 [size, size, 3].
 
     Raises:
-      BadRecord: it cannot be used.
+      ValueError: it is another one than when the captions were chosen.
+      BadRecord: it cannot be used any more.
     """
-    return _cut(source[i], crop, size)
+    record = source[pairs.records[n]]
+    image, name = _cut(record, crop, size), pairs.ids[n].rpartition('#')[0]
+    if record.name != name or short_hash(image.tobytes()) != pairs.images[n]:
+        raise ValueError(f'the data have changed since captions were chosen: the image of {name} '
+                         f'is now another one ({record.name}); give another --workdir')
+    return image
+
+
+def short_hash(data: bytes) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _cut(record, crop, size):

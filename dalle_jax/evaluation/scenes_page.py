@@ -49,13 +49,14 @@ def page(workdir: Path, result: Mapping, seconds: Mapping[str, float], more: Seq
     blocks = [report.facts(_tiles(metrics, seconds))]
     if seconds:
         blocks.append(report.section('Where the time went', '', report.stages(seconds)))
+    chooser = ('The CLIP trained here' if result['settings']['clip'] else
+               'The likelihood, there being no CLIP,')
     for split, title, text in (
             ('combos', 'Captions never trained on',
              'Every shape, colour and pair of the two is known; the combination is new. (The image '
-             'tokenizer has seen such pictures, without captions.) The CLIP '
-             'trained here chose one of the candidates of each caption, and the mark is the '
-             "oracle's: right means that every word of the caption is right. The first ones, not "
-             'a selection.'),
+             f'tokenizer has seen such pictures, without captions.) {chooser} chose one of the '
+             "candidates of each caption, and the mark is the oracle's: right means that every "
+             'word of the caption is right. The first ones, not a selection.'),
             ('pairs', 'Shape-colour pairs never trained on',
              'The transformer has seen neither these pairs nor their captions; the image '
              'tokenizer has seen such pictures, without captions.')):
@@ -65,7 +66,8 @@ def page(workdir: Path, result: Mapping, seconds: Mapping[str, float], more: Seq
         *more,
         report.section('By attribute', 'Share of single samples in which it is right.',
                        _attributes(metrics)),
-        report.section('The image tokenizer', _tokenizer_text(metrics), *_tokenizer(workdir)),
+        *([report.section('The image tokenizer', _tokenizer_text(metrics), *_tokenizer(workdir))]
+          if 'tokenizer' in result['results'] else []),
         *_training(paths),
         report.section('All numbers', '', report.table(
             [(name, value) for name, value in metrics.items()], ('metric', 'value'))),

@@ -10,6 +10,7 @@ Computed on the host in float64, but for products within KID. N images, D featur
 import functools
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,10 @@ def read_gaussian(path: str | Path) -> Gaussian:
     stored = np.load(path) if zipfile.is_zipfile(path) else {}
     if not {'mu', 'sigma'} <= set(stored):
         raise ValueError(f'{path}: there is no statistics file, which is an npz with mu and sigma')
-    mean, covariance = (stored[name].astype(np.float64) for name in ('mu', 'sigma'))
+    try:
+        mean, covariance = (stored[name].astype(np.float64) for name in ('mu', 'sigma'))
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
         raise ValueError(f'{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} are '
                          'not [D] and [D, D]')

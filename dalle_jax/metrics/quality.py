@@ -4,6 +4,7 @@ A set of images goes once through a network for every blur; features and logits 
 and those of two sets become numbers. Which network it is, is the caller's business.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ def measure(network: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
       network: uint8 images [B, H, W, 3] -> features float32 [B, D], logits float32 [B, C].
       parts: the images, some at a time.
       radii: of the blurs, in pixels.
-      splits: parts of the Inception Score.
+      splits: parts of the Inception Score, into which images are divided at random (always alike).
       keep: the features of images that are not blurred, for KID.
 
     Returns:
@@ -81,7 +82,8 @@ class _Look:
             self._merge()
         if not self._moments:
             raise ValueError('there are no images to measure')
-        score = fid.inception_score(np.concatenate(self._logits), splits)
+        # In another order: images may be sorted, as by the species of birds.
+        score = fid.inception_score(np.concatenate(self._logits), splits, seed=2020)
         return Measured(self._moments.count, fid.gaussian(self._moments), score,
                         np.concatenate(self._kept) if self._kept else None)
 
@@ -97,8 +99,10 @@ def compare(found: Measured, real: Measured, subsets: int, size: int) -> dict[st
         values |= dict(zip(('inception_score', 'inception_score_std'), found.inception_score))
     if found.features is not None and real.features is not None:
         size = min(size, found.count, real.count)
-        kid = fid.kernel_distance(found.features, real.features, subsets, size)
-        values |= dict(zip(('kid', 'kid_std'), kid), kid_subset=size)
+        if size == found.count == real.count:
+            subsets = 1  # they would all be the same
+        kid, deviation = fid.kernel_distance(found.features, real.features, subsets, size)
+        values |= {'kid': kid, 'kid_subset': size} | ({'kid_std': deviation} if subsets > 1 else {})
     return values
 
 
@@ -111,12 +115,21 @@ def read(path: Path) -> Measured:
         return Measured(int(stored.get('count', 0)), gaussian, score, features)
 
 
-def write(arrays: Callable[[Path, Mapping[str, Any]], None], path: Path, found: Measured) -> None:
+def about(path: Path) -> dict[str, Any]:
+    """What `write` was told of the statistics in a file; {} of other statistics files."""
+    with np.load(path) as stored:
+        return json.loads(str(stored['about'])) if 'about' in stored else {}
+
+
+def write(arrays: Callable[[Path, Mapping[str, Any]], None], path: Path, found: Measured,
+          about: Mapping[str, Any]) -> None:
     """Writes it so that pytorch-fid, too, can read the moments.
 
     Args:
       arrays: writes a file of arrays at once, such as runs.write_arrays.
+      about: of the network and the images, for JSON.
     """
     values = {'count': found.count, 'mu': found.gaussian.mean, 'sigma': found.gaussian.covariance,
-              'inception_score': found.inception_score, 'features': found.features}
+              'inception_score': found.inception_score, 'features': found.features,
+              'about': json.dumps(about)}
     arrays(path, {name: value for name, value in values.items() if value is not None})

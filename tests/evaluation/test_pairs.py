@@ -69,12 +69,17 @@ def test_names_that_are_left_out():
 
 def test_images_are_those_of_the_records():
     found = choose(5)
-    for i in found.records:
-        image = lib.real_image(Source(), i, 'center', 8)
+    for n, i in enumerate(found.records):
+        image = lib.real_image(Source(), found, n, 'center', 8)
         assert image.shape == (8, 8, 3) and int(image[0, 0, 0]) == i
+    for changed in (found._replace(records=found.records[::-1]),
+                    found._replace(images=('0',) * 5)):
+        with pytest.raises(ValueError, match='the data have changed since captions were chosen'):
+            lib.real_image(Source(), changed, 0, 'center', 8)
+    assert found.images_hash != choose(4).images_hash
 
 
-@pytest.mark.parametrize('count', [0, 1, 100, 101, 730])
+@pytest.mark.parametrize('count', [0, 1, lib.PARTS, lib.PARTS + 1, 730])
 def test_threads_keep_the_order(count):
     parts = list(lib.in_threads(lambda i: i * i, count))
     assert sum(parts, []) == [i * i for i in range(count)]
@@ -88,6 +93,6 @@ def test_errors_in_threads_come_in_their_turn():
         return i
 
     made = lib.in_threads(fail, 300)
-    assert next(made) == list(range(100))
+    assert next(made) == list(range(lib.PARTS))
     with pytest.raises(BadRecord, match='r150'):
         next(made)

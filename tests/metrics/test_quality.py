@@ -34,26 +34,31 @@ def test_in_parts_is_at_once(monkeypatch, rows):
         found = quality.compare(one[radius], two[radius], 5, 1000)
         gaussians = [fid.gaussian(fid.moments(f)) for f in features]
         assert found['fid'] == pytest.approx(fid.frechet_distance(*gaussians), rel=1e-9)
-        score = fid.inception_score(logits[0], 3)
+        score = fid.inception_score(logits[0], 3, seed=2020)
         assert (found['inception_score'], found['inception_score_std']) == pytest.approx(score)
         if radius:  # whose features are not kept
             assert 'kid' not in found
         else:
-            assert found['kid'] == fid.kernel_distance(*features, 5, 90)[0]
-            assert found['kid_subset'] == 90
+            assert found['kid'] == fid.kernel_distance(*features, 1, 90)[0]
+            assert found['kid_subset'] == 90 and 'kid_std' not in found
+            several = quality.compare(one[radius], two[radius], 5, 50)
+            assert (several['kid'], several['kid_std']) == fid.kernel_distance(*features, 5, 50)
         assert found['images'] == 90
         assert quality.compare(one[radius], one[radius], 5, 50)['fid'] < 1e-6 < found['fid']
 
 
 def test_files_hold_all_of_it_and_are_those_of_pytorch_fid(tmp_path):
     found = measure(IMAGES[0])
-    quality.write(lambda path, arrays: np.savez(path, **arrays), tmp_path / 'a.npz', found)
+    quality.write(lambda path, arrays: np.savez(path, **arrays), tmp_path / 'a.npz', found,
+                  {'blur': 0})
+    assert quality.about(tmp_path / 'a.npz') == {'blur': 0}
     again = quality.read(tmp_path / 'a.npz')
     assert (again.count, again.inception_score) == (90, found.inception_score)
     np.testing.assert_array_equal(again.features, found.features)
     np.testing.assert_array_equal(again.gaussian.covariance, found.gaussian.covariance)
     np.savez(tmp_path / 'b.npz', mu=found.gaussian.mean, sigma=found.gaussian.covariance)
     plain = quality.read(tmp_path / 'b.npz')
+    assert quality.about(tmp_path / 'b.npz') == {}
     assert (plain.count, plain.inception_score, plain.features) == (0, None, None)
     compared = quality.compare(found, plain, 5, 50)
     assert compared['fid'] < 1e-6 and 'kid' not in compared
