@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import logging
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -217,12 +218,19 @@ def _work(experiment, model, dtype):
                 blocks.layout.length if blocks else 0)
 
 
+def donated(path: str) -> dict[str, np.ndarray]:
+    """Name -> parameter of a run, finished or not, or of an exported one; averages if there are."""
+    if (Path(path) / 'model.safetensors').exists():
+        params = runs.load(path).params
+    else:
+        _, trees = restore_subtree(f'{path}/checkpoints', ('params', 'averages'))
+        params = trees['averages'] or trees['params']
+    return {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
 def _init_from(state, path, task, log):
     """Starts from another run's parameters; whatever does not fit stays random and is named."""
-    _, trees = restore_subtree(f'{path}/checkpoints', ('params', 'averages'))
-    donor = {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(
-        trees['averages'] or trees['params'])[0]}
-    kept = []
+    donor, kept = donated(path), []
 
     def one(path, mine):
         theirs = donor.pop(path_name(path), None)

@@ -359,8 +359,7 @@ def test_options_are_checked(options, match):
         Sampling(**options)
 
 
-def test_captions_that_stand_twice_can_have_other_images():
-    model = tiny_model()
+def test_captions_that_stand_twice_can_have_other_images(model):
     four, = model.sample(['a red circle'], n=4, seed=5, batch=4)
     drawn = [*model.draw(['a red circle', 'a red circle'], Sampling(2, seed=5, batch=4),
                          firsts=[0, 2])]

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from dalle_jax import config as config_lib
-from dalle_jax import runs, train
+from dalle_jax import export, runs, train
 from dalle_jax.models import dvae
 from dalle_jax.report import read_metrics
 
@@ -97,6 +98,10 @@ def test_a_finished_run_is_not_trained_again_and_seeds_another(whole, tmp_path, 
     printed = capsys.readouterr().out
     assert 'of another shape: codebook/kernel' in printed and 'encoder/logits/kernel' in printed
     assert 'TFLOP/s  MFU ' in printed
+    of_run, of_export = train.donated(whole), train.donated(export.run(whole, tmp_path))
+    assert of_run.keys() == of_export.keys() and len(of_run) > 10
+    for name, array in of_run.items():
+        np.testing.assert_array_equal(array, of_export[name])
 
 
 def test_terminated_run_saves_and_says_so(tmp_path):
