@@ -84,6 +84,7 @@ h1:focus, h2:focus { outline: none }
 .alarm { padding: 10px 16px; margin-bottom: 16px; border-left: 3px solid var(--bad);
   background: var(--alarm) }
 form { display: grid; gap: 8px } label { font-weight: 550 }
+textarea { width: 100%; font-size: .75rem }
 input { font: inherit; padding: 10px 12px; border: 1px solid var(--soft); border-radius: 8px;
   background: var(--paper); color: inherit; width: 100% }
 button { font: inherit; min-height: 48px; padding: 8px 18px; border: 1px solid var(--line);
@@ -150,6 +151,9 @@ is sent by this page. <span class="keys">Keys: left and right arrow answer, arro
 whoever asked you.</p>
 <div class="line"><button class="main download">Download answers</button>
 <button class="back">Back to the last question</button></div>
+<details class="soft"><summary>No file comes?</summary><p>Some browsers within other apps cannot
+download. Copy this text, and send it in place of the file.</p>
+<textarea id="copy" rows="5" readonly aria-label="Your answers"></textarea></details>
 </section>
 </main>"""
 
@@ -209,6 +213,7 @@ function show() {
   each('.back', button => { button.disabled = !votes.length; });
   if (ended) {
     $('thanks').textContent = `Thank you, ${judge}.`;
+    $('copy').value = JSON.stringify(record(), null, 1);
     $('thanks').focus();
     return;
   }

@@ -175,8 +175,8 @@ def test_evaluation_writes_all_keys_and_continues(trained, tmp_path, capsys):
     del without['results']['tokenizer']
     (tmp_path / 'eval' / 'result.json').write_text(json.dumps(without))
     evaluate.write_report(tmp_path / 'eval', tmp_path / 'without.html')
-    assert 'The image tokenizer' in page
-    assert 'The image tokenizer' not in (tmp_path / 'without.html').read_text()
+    assert 'lookup of pixel squares' in page
+    assert 'lookup of pixel squares' not in (tmp_path / 'without.html').read_text()
     with pytest.raises(runs.RunError, match='evaluation with other settings, .*: temperature was'):
         config.unlock()
         config.temperature = 0.5

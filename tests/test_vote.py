@@ -584,6 +584,7 @@ def test_a_judge_at_the_page(drawn, tmp_path, window):
         time.sleep(0.05)
     (found,) = read_votes([file], key)
     assert found.judge == 'Ada Lovelace'
+    assert window.run("document.getElementById('copy').value") == file.read_text()
     outcomes = [{'neither': 'neither', **dict(zip(SIDES[key.comparisons[name]['left']],
                                                   ('first', 'second')))}[answer]
                 for name, _, answer in expected]
@@ -604,8 +605,12 @@ def test_a_judge_at_the_page(drawn, tmp_path, window):
     window.run(f'localStorage.setItem(place(judge), {stored}), window.dispatchEvent('
                'new StorageEvent("storage", {key: place(judge)}))')
     assert window.run('votes.length') == 1 and not visible('#alarm')
+    stored = stored.replace('}]', "}, {id: '0001', seconds: 2}]")  # while this page slept
+    window.run(f'localStorage.setItem(place(judge), {stored}), window.dispatchEvent('
+               'new PageTransitionEvent("pageshow", {persisted: true}))')
+    assert window.run('votes.length') == 2 and not visible('#alarm')
     window.run("Storage.prototype.setItem = () => { throw new Error('it is full'); }, 0")
     press('ArrowLeft')
     assert visible('#alarm') and 'it is full' in window.run(
         "document.getElementById('alarm').textContent")
-    assert window.run('votes.length') == 2 and not window.errors
+    assert window.run('votes.length') == 3 and not window.errors
