@@ -11,7 +11,6 @@ does all of it again and compares every number, to the last digit.
 """
 
 import dataclasses
-import hashlib
 import json
 import platform
 import time
@@ -27,6 +26,7 @@ from dalle_jax import config as config_lib
 from dalle_jax import drawing, report, runs
 from dalle_jax.evaluation import data as data_lib, numbers, page, scenes
 from dalle_jax.evaluation.config import EvaluateConfig
+from dalle_jax.evaluation.pairs import short_hash
 from dalle_jax.generate import Model
 from dalle_jax.metrics import quality
 from dalle_jax.runs import say
@@ -127,11 +127,9 @@ def _made_with(opened):
         weights[opened.network.name] = opened.network.fingerprint
     inputs = {'images': opened.given.fingerprint} if opened.given else {}
     if opened.given and opened.judge:
-        inputs['captions'] = hashlib.sha256(
-            json.dumps(opened.given.captions).encode()).hexdigest()[:16]
+        inputs['captions'] = short_hash(json.dumps(opened.given.captions).encode())
     if opened.reference:
-        inputs['reference'] = hashlib.sha256(
-            Path(opened.options.reference).read_bytes()).hexdigest()[:16]
+        inputs['reference'] = short_hash(Path(opened.options.reference).read_bytes())
     return {'weights': weights, 'inputs': inputs,
             'software': {name: metadata.version(name) for name in SOFTWARE}
             | {'python': platform.python_version()},

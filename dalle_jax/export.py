@@ -43,13 +43,14 @@ def run(path: str | Path, out: str | Path) -> Path:
     if len({str(target) for target in targets}) < len(targets):
         raise runs.RunError(f'{path} and its image tokenizer are both called {targets[0].name}; '
                             'rename the directory of one of them')
+    exports = dict(zip(targets, loaded))
     if named and _holds(targets[1], loaded[1]):  # it came with another DALL-E
         say(f'{targets[1]} is there already')
-        del loaded[1]
-    for _, target in zip(loaded, targets):
+        del exports[targets[1]]
+    for target in exports:
         if target.exists():
             raise runs.RunError(f'{target} exists; remove it or give another --out')
-    for found, target in reversed([*zip(loaded, targets)]):  # what is named before what names it
+    for target, found in reversed(exports.items()):  # what is named before what names it
         _write(found, target, targets[-1].name if named else '')
         size = (target / 'model.safetensors').stat().st_size
         say(f'{target}: {found.experiment.model} of step {found.step:,}, {size:,} bytes')

@@ -17,7 +17,7 @@ from dalle_jax import runs
 from dalle_jax.evaluation import candidates, scenes
 from dalle_jax.evaluation.config import EvaluateConfig
 from dalle_jax.evaluation.data import Given, Network, Real, decoded
-from dalle_jax.evaluation.pairs import Pairs
+from dalle_jax.evaluation.pairs import PARTS, Pairs
 from dalle_jax.generate import Model, encode_captions
 from dalle_jax.metrics import quality
 from dalle_jax.metrics.blur import matrix
@@ -127,20 +127,22 @@ def of_split(opened: Opened, split: str) -> dict[str, Any]:
                                 split)
         best = {n: drawn.best_of(n) for n in options.conditions}
 
-    def images(n, done):
-        parts = given.parts() if given else decoded(model, drawn.tokens(best[n]))
-        return _told(parts, opened.count(split), split, done)
+    def images(n, captions=None):
+        return given.parts() if given else decoded(model, drawn.tokens(best[n][:captions]))
+
+    def all_images(n, done):
+        return _told(images(n), opened.count(split), split, done)
 
     def real_images(done):
         return _told(real.parts(), len(pairs.ids), split, done)
 
     shown = out / f'shown_{split}.npz'
     if not shown.exists():
-        _write_shown(shown, real_images('shown') if real else None, images(most, 'shown'),
+        _write_shown(shown, real.parts() if real else None, images(most, PARTS),
                      pairs.captions if model else None)
     (out / 'measured').mkdir(exist_ok=True)
     if opened.network:
-        values |= _quality(opened, split, real_images, images)
+        values |= _quality(opened, split, real_images, all_images)
     if drawn is not None:
         chosen = np.arange(len(pairs.captions)), best[most]
         values['log_likelihood'] = float(drawn.logp[chosen].mean())
@@ -148,7 +150,7 @@ def of_split(opened: Opened, split: str) -> dict[str, Any]:
             values['clip_score'] = 100 * float(drawn.scores[chosen].mean())
     if opened.judge:
         values |= _kept(out / 'measured' / f'{split}_clip_score.json', lambda: _clip_score(
-            opened.judge, given.captions if given else pairs.captions, images(most, 'scored')))
+            opened.judge, given.captions if given else pairs.captions, all_images(most, 'scored')))
     if model and options.losses:
         values |= _kept(out / 'measured' / f'{split}_losses.json', lambda: _losses(
             model, pairs.captions, real_images('read by the transformer'), split))
@@ -189,8 +191,8 @@ def _kept(path, measure):
 def _quality(opened, split, real_images, images):
     """FID, IS and KID of every condition; what has been measured is kept in files."""
     options, network, real = opened.options, opened.network, opened.real.get(split)
-    # Numbers of another network than Inception are called by its name, so that none is mistaken.
-    suffix = '' if network.name == 'inception' else f'_{network.name}'
+    fid, score, deviation = (quality.named(key, network.name) for key in (
+        'fid', 'inception_score', 'inception_score_std'))
 
     def measured(side, parts, radii, keep=False):
         """radius -> Measured; those that are missing in one pass over the images."""
@@ -208,7 +210,7 @@ def _quality(opened, split, real_images, images):
 
     def compared(found, with_real):
         entry = quality.compare(found, with_real, options.kid_subsets, options.kid_size)
-        return {key if key in ('images', 'kid_subset') else key + suffix: value
+        return {key if key in ('images', 'kid_subset') else quality.named(key, network.name): value
                 for key, value in entry.items()}
 
     values, most = {}, max(options.conditions)
@@ -221,16 +223,15 @@ def _quality(opened, split, real_images, images):
                          [radius for radius in radii if radius in of_real], keep=n == most)
         for radius, one in found.items():
             entry = values[f'best_of_{n}_blur_{radius:g}'] = compared(one, of_real[radius])
-            say(f'{split}: best of {n}, blur {radius:g}: FID{suffix} {entry["fid" + suffix]:.4g}, '
-                f'IS{suffix} {entry["inception_score" + suffix]:.4g}')
+            say(f'{split}: best of {n}, blur {radius:g}: '
+                f'{quality.named("FID", network.name)} {entry[fid]:.4g}, '
+                f'{quality.named("IS", network.name)} {entry[score]:.4g}')
     if options.source == 'scenes':
         others = measured('others', lambda done: real.others(), [0], keep=True)
         values['other_scenes'] = compared(others[0], of_real[0])
     for radius, found in of_real.items():
         if found.inception_score:  # statistics files have none
-            values[f'real_blur_{radius:g}'] = dict(zip(
-                (f'inception_score{suffix}', f'inception_score_std{suffix}'),
-                found.inception_score))
+            values[f'real_blur_{radius:g}'] = dict(zip((score, deviation), found.inception_score))
     return {'quality': values, 'network': network.name}
 
 

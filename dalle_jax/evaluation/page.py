@@ -9,6 +9,7 @@ import numpy as np
 
 from dalle_jax import report
 from dalle_jax.evaluation import paper, scenes_page
+from dalle_jax.metrics.quality import named
 
 TITLES = {'fid': 'FID', 'inception_score': 'Inception Score', 'kid': 'KID',
           'fid_words': 'FID of word features', 'inception_score_words': 'IS of words',
@@ -39,9 +40,7 @@ def quality(result: Mapping, split: str) -> list[str]:
     found = result['results'][split]
     if not found.get('quality'):
         return []
-    fid, score, kid = (
-        key if found['network'] == 'inception' else f'{key}_{found["network"]}'
-        for key in ('fid', 'inception_score', 'kid'))
+    fid, score, kid = (named(key, found['network']) for key in ('fid', 'inception_score', 'kid'))
     kept = {_condition(key): entry for key, entry in found['quality'].items()
             if key.startswith('best_of')}
     most = max(n for n, _ in kept)

@@ -88,6 +88,12 @@ class _Look:
                         np.concatenate(self._kept) if self._kept else None)
 
 
+def named(key: str, network: str) -> str:
+    """What results call a number: of Inception FID is `fid`, of another network `fid_NETWORK`, so
+    that none is mistaken."""
+    return key if network == 'inception' else f'{key}_{network}'
+
+
 def compare(found: Measured, real: Measured, subsets: int, size: int) -> dict[str, Any]:
     """FID, IS, and KID where both have features, as values for JSON.
 
